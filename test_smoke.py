@@ -1,0 +1,674 @@
+"""All tests, on the CPU and without a network. A new script joins by one line in SCRIPTS.
+
+python -m pytest -q test_smoke.py
+"""
+
+import ast
+import difflib
+import importlib
+import io
+import math
+import os
+import random
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import common
+
+ROOT = Path(__file__).parent
+# script: sizes of a tiny model; metric, and the figure it has to beat after 300 steps of 64 images
+SCRIPTS = {
+    "vae": (dict(channels=16, z_dim=8), "neg_elbo", 150),
+    "diffusion": (dict(channels=8, n_inner=1, n_embd=32), "loss", 0.4),
+}
+IMAGES = common.load_mnist(ROOT / "data")
+
+
+def model_class(name):
+    """The class that the script's main trains."""
+    return importlib.import_module(name).main.__defaults__[1]
+
+
+def tiny(name, **changes):
+    torch.manual_seed(0)
+    return model_class(name)(**{**SCRIPTS[name][0], **changes})
+
+
+def perturb(model, scale=0.2):
+    """Random weights everywhere, also where a layer starts at zero."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p += scale * torch.randn_like(p)
+    return model
+
+
+def cli(monkeypatch, capsys, name, *args):
+    """Run a script as a command in this process -> (exit status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+    status, message = 0, ""
+    try:
+        runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+    except SystemExit as stop:  # the interpreter prints a text and exits with 1
+        status, message = (
+            (1, f"{stop.code}\n") if isinstance(stop.code, str) else (stop.code or 0, "")
+        )
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err + message
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """main(...) on 600 + 200 images and a tiny model, in an empty folder."""
+    data = [d[:n] for d, n in zip(IMAGES, (600, 600, 200, 200))]
+    monkeypatch.setattr(common, "load_mnist", lambda *_: data)
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *args):
+        cls, sizes = model_class(name), SCRIPTS[name][0]
+        Tiny = type(
+            cls.__name__, (cls,), {"__init__": lambda self, **sizes: cls.__init__(self, **sizes)}
+        )
+        Tiny.__init__.__kwdefaults__ = cls.__init__.__kwdefaults__ | sizes
+        importlib.import_module(name).main(["--device", "cpu", *map(str, args)], Tiny)
+
+    return run
+
+
+# ------------------------------------------------------------------ 1. whole runs
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_dry_run_writes_everything_and_samples_from_it(name, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    common_args = ("--dry-run", "--data-dir", ROOT / "data", "--class-cond")
+    status, out, err = cli(monkeypatch, capsys, name, *common_args, "--epochs", 2)
+    assert (status, err) == (0, "")
+    folder = tmp_path / "out" / f"{name}-dry"
+    lines = [line for line in out.split("\n") if "/2 | train " in line]
+    assert len(lines) == 2 and re.fullmatch(
+        r"\s*epoch   1/2 \| train loss [\d.]+ \| test (\w+ [\d.e-]+ )+\| [\d.]+ s \| [\d,]+ img/s",
+        lines[0],
+    )
+    header, *rows = (folder / "log.csv").read_text().split("\n")
+    assert header.startswith("epoch,") and [row.split(",")[0] for row in rows] == ["1", "2"]
+    assert {"model.pt", "samples.png", "samples_0001.png", "samples_0002.png"} <= set(
+        os.listdir(folder)
+    )
+    pictures = model_class(name)(**SCRIPTS[name][0]).pictures(IMAGES[2][:4] / 255)
+    for title, images in pictures.items():
+        assert images.min() >= 0 and images.max() <= 1
+        assert (folder / title).with_suffix(".gif" if images.ndim == 5 else ".png").exists()
+
+    (folder / "samples.png").unlink()
+    before = (folder / "model.pt").read_bytes()
+    status, out, err = cli(monkeypatch, capsys, name, *common_args, "--sample", 3)
+    assert (status, err) == (0, "") and Image.open(folder / "samples.png").size == (3 * 30 + 2, 32)
+    assert (folder / "model.pt").read_bytes() == before  # sampling trains nothing
+
+    saved = torch.load(folder / "model.pt", weights_only=True)  # the README's three lines
+    model = model_class(name)(**saved["config"])
+    model.load_state_dict(saved["model"])
+    assert model.eval().sample(2, torch.tensor([3, 7])).shape == (2, 1, 28, 28)
+
+
+def test_readme_commands(monkeypatch, capsys, tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^(?:pip install .* && )?python (\w+)\.py(.*?)(?:#.*)?$", readme, re.M)
+    assert ("diffusion", "--epochs 10") in [(name, args.strip()) for name, args in commands]
+    monkeypatch.chdir(tmp_path)
+    for name, args in commands:
+        args = [*shlex.split(args), "--dry-run", "--data-dir", ROOT / "data"]
+        if "--sample" not in args and "--resume" not in args:
+            args += ["--epochs", "1"]
+        status, _, err = cli(monkeypatch, capsys, name, *args)
+        assert (status, err) == (0, ""), (name, args)
+    test_command = (ROOT / ".ci/run").read_text().strip().split("\n")[-1].replace(" -q -r", " -r")
+    assert test_command in readme
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_explains_every_flag(name, monkeypatch, capsys):
+    status, out, _ = cli(monkeypatch, capsys, name, "-h")
+    flags = "epochs batch-size lr seed device dataset data-dir out-dir class-cond compile"
+    flags = f"{flags} resume sample dry-run tensorboard".split()
+    assert status == 0 and re.findall(r"^  --([\w-]+)", out, re.M) == flags
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_copied_alone(name, tmp_path):
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    code = f"""if 1:
+        import sys, torch, {name}
+        assert "common" not in sys.modules and "torchvision" not in sys.modules
+        torch.manual_seed(0)
+        model = {name}.{model_class(name).__name__}(**{SCRIPTS[name][0]})
+        for p in model.parameters(): p.data += 0.1 * torch.randn_like(p)
+        loss, metrics = model.loss(torch.rand(4, 1, 28, 28), torch.arange(4))
+        assert loss.ndim == 0 and all(m.ndim == 0 for m in metrics.values())
+        loss.backward()
+        assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+        for n in (1, 3, 64):
+            images = model.eval().sample(n)
+            assert images.shape == (n, 1, 28, 28) and not images.requires_grad
+            assert 0 <= images.min() and images.max() <= 1
+        small = {name}.{model_class(name).__name__}(**{SCRIPTS[name][0]}, size=16)
+        assert small.sample(2).shape == (2, 1, 16, 16)
+        assert small.loss(torch.rand(2, 1, 16, 16))[0] > 0
+    """
+    run = subprocess.run(
+        [sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert os.listdir(tmp_path) == [f"{name}.py"]
+
+
+# ------------------------------------------------------------------ 6. units
+def test_vae_loss_is_the_bound_in_nats():
+    model, x = perturb(tiny("vae"), 0.05), (torch.rand(5, 1, 28, 28) > 0.5).float()
+    torch.manual_seed(1)
+    _, metrics = model.loss(x)
+    torch.manual_seed(1)
+    torch.bernoulli(x)  # the binarisation comes first
+    logits, mu, logvar = model(x)
+    p, sigma = logits.sigmoid(), logvar.exp().sqrt()
+    recon = -(x * p.log() + (1 - x) * (1 - p).log()).sum() / 5
+    q, prior = torch.distributions.Normal(mu, sigma), torch.distributions.Normal(0.0, 1.0)
+    kl = torch.distributions.kl_divergence(q, prior).sum() / 5
+    assert mu.shape == (5, 8) and abs(logvar).max() > 0.01
+    torch.testing.assert_close(metrics["recon"], recon, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(metrics["kl"], kl, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(metrics["neg_elbo"], recon + kl, rtol=1e-4, atol=1e-3)
+
+
+def test_vae_bound_tightens_and_one_draw_is_the_elbo():
+    model, x = perturb(tiny("vae"), 0.02).eval(), (torch.rand(64, 1, 28, 28) > 0.5).float()
+    single = torch.stack([model.bound(x, k=1)[0] for _ in range(30)])
+    elbo = torch.stack([model.loss(x)[0].detach() for _ in range(30)])
+    iwae, metrics = model.bound(x, k=64)
+    noise = (single.var() + elbo.var()).div(30).sqrt()
+    assert noise < 0.5 and abs(single.mean() - elbo.mean()) < 4 * noise
+    assert iwae < elbo.mean() - 4 * noise and metrics["iwae"] == iwae
+
+
+def test_vae_bound_is_exact_for_a_known_integral():
+    """A decoder that ignores z: p(x) is a product of coins, whatever the encoder does."""
+    model = perturb(tiny("vae", z_dim=1), 0.02).double()
+    model.decode = lambda z, y=None: torch.full((len(z), 1, 28, 28), 0.3, dtype=torch.float64)
+    x = (torch.rand(8, 1, 28, 28) > 0.5).double()
+    nll = F.binary_cross_entropy_with_logits(torch.full_like(x, 0.3), x, reduction="sum") / 8
+    assert abs(model.bound(x, k=2_000)[0] - nll) < 0.02
+
+
+def test_diffusion_marginals_and_both_ends():
+    model = tiny("diffusion")
+    x0, eps = torch.full((20_000, 1, 1, 1), 0.6), torch.randn(20_000, 1, 1, 1)
+    for t in (0.0, 0.25, 0.9, 1.0):
+        x_t, v = model.diffuse(x0, torch.full((20_000,), t), eps)
+        c, s = math.cos(t * math.pi / 2), math.sin(t * math.pi / 2)
+        assert abs(x_t.mean() - 0.6 * c) < 0.03 and abs(x_t.std() - s) < 0.03
+        torch.testing.assert_close(c * x_t - s * v, x0, atol=1e-5, rtol=0)
+        torch.testing.assert_close(s * x_t + c * v, eps, atol=1e-5, rtol=0)
+    times = []
+    model.forward = lambda x_t, t, y: times.append(t) or x_t
+    for _ in range(20):
+        model.loss(torch.rand(128, 1, 28, 28))
+    times = torch.stack(times)
+    assert times.min() < 0.001 and 0.999 < times.max() <= 1 and abs(times.mean() - 0.5) < 0.005
+
+
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.7, 0.0), (-0.4, 0.5), (0.3, 2.0)])
+def test_diffusion_sampler_recovers_a_gaussian(mean, std):
+    """For data N(mean, std^2) the best v is known, and the ODE takes noise z to mean + std z."""
+    model = tiny("diffusion").double()
+
+    def best_v(x, t, y=None):
+        c, s = (t[0] * math.pi / 2).cos(), (t[0] * math.pi / 2).sin()
+        surprise = (x - c * mean) / (c**2 * std**2 + s**2).clamp(min=1e-12)
+        return c * s * surprise - s * (mean + c * std**2 * surprise)
+
+    model.forward = best_v
+    z = torch.linspace(-3, 3, 61, dtype=torch.float64).view(-1, 1, 1, 1)
+    errors = []
+    for steps in (25, 100):
+        for x, _ in model.ode(z, 1, 0, steps):
+            pass
+        errors.append((x - (mean + std * z)).abs().max().item())
+    assert errors[0] < 0.03 and errors[1] < max(errors[0] / 8, 1e-9)
+    if std == 1 and mean == 0:
+        assert errors[0] < 1e-12
+    if std:  # and backwards: from data to its noise
+        for back, _ in model.ode(mean + std * z, 0, 1, 100):
+            pass
+        assert (back - z).abs().max() < 0.02
+
+
+def test_diffusion_guidance():
+    model, x, y = perturb(tiny("diffusion")), torch.randn(3, 1, 28, 28), torch.tensor([1, 2, 3])
+    one = lambda **kw: next(model.ode(x, 1, 0, 10, **kw))[0]
+    plain, label = one(), one(y=y, guidance=1)
+    torch.testing.assert_close(one(y=y, guidance=0), plain)
+    torch.testing.assert_close(one(y=y, guidance=3), plain + 3 * (label - plain))
+    assert (label - plain).abs().max() > 1e-3
+
+
+def test_frames_do_not_alias():
+    process = tiny("diffusion").pictures(IMAGES[2][:4] / 255)["process"]
+    assert (process[0] != process[-1]).any() and process.shape == (25, 4, 1, 28, 56)
+
+
+# ------------------------------------------------------------------ 7. learning
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_learns(name):
+    sizes, metric, figure = SCRIPTS[name]
+    model = tiny(name)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 300)
+        loss, _ = model.loss(IMAGES[0][torch.randint(4096, (64,))] / 255)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    test = importlib.import_module(name).evaluate(
+        model.eval().requires_grad_(False).loss, IMAGES[2][:1000]
+    )
+    print(name, test)
+    assert test[metric] < figure
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_evaluate_counts_every_image_once(name):
+    module, batches = importlib.import_module(name), []
+
+    def measure(x):
+        batches.append(x)
+        return None, {"mean": x.mean(), "noise": torch.rand(())}
+
+    first, second = (
+        module.evaluate(measure, IMAGES[2][:1100]),
+        module.evaluate(measure, IMAGES[2][:1100]),
+    )
+    assert [len(b) for b in batches[:3]] == [500, 500, 100] and first == second
+    assert abs(first["mean"] - (IMAGES[2][:1100] / 255).mean()) < 1e-6
+
+
+# ------------------------------------------------------------------ 8. resume
+def equal(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_resume_is_bit_identical(name, small, monkeypatch, capsys):
+    args = ("--epochs", 3, "--batch-size", 64, "--class-cond")
+    small(name, *args, "--out-dir", "straight")
+    write = common.save_images
+
+    def interrupt(images, path):
+        if path.name == "samples_0003":
+            raise KeyboardInterrupt
+        return write(images, path)
+
+    monkeypatch.setattr(common, "save_images", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        small(name, *args, "--out-dir", "broken")
+    monkeypatch.setattr(common, "save_images", write)
+    kept = torch.load("broken/model.pt", weights_only=True)
+    assert len(kept["log"]) == 2
+    small(name, *args, "--out-dir", "broken", "--resume")
+    a, b = (
+        torch.load(f"{folder}/model.pt", weights_only=True) for folder in ("straight", "broken")
+    )
+    for row in a["log"] + b["log"]:
+        del row["seconds"]
+    assert equal(a, b) and not equal(a["weights"], kept["weights"])
+    assert not equal(a["weights"], a["model"])  # the EMA is something else
+    assert Path("straight/samples.png").read_bytes() == Path("broken/samples.png").read_bytes()
+
+    capsys.readouterr()
+    small(name, "--epochs", 4, *args[2:], "--out-dir", "broken", "--resume")  # a longer schedule
+    assert "epochs 4 to 4" in capsys.readouterr().out
+    assert len(Path("broken/log.csv").read_text().strip().split("\n")) == 5
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_ends_where_the_loss_is_not_finite(name, small):
+    small(name, "--epochs", 1)
+    before = Path(f"out/{name}/model.pt").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        small(name, "--epochs", 2, "--resume", "--lr", 1e30)
+    assert "smaller --lr" in stop.value.code and "\n" not in stop.value.code
+    assert Path(f"out/{name}/model.pt").read_bytes() == before
+
+
+def test_sigkill_leaves_a_model_that_loads(tmp_path):
+    code = f"""if 1:
+        import sys; sys.path.insert(0, {str(ROOT)!r})
+        import torch, common, vae
+        data = [torch.randint(256, (64, 1, 28, 28), dtype=torch.uint8), torch.zeros(64).long()]
+        common.load_mnist = lambda *_: data * 2
+        common.save_images = lambda images, path: None
+        vae.main(["--epochs", "100000", "--batch-size", "64"])
+    """
+    random.seed(0)
+    path = tmp_path / "out/vae/model.pt"
+    for _ in range(3):
+        path.unlink(missing_ok=True)
+        run = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.DEVNULL
+        )
+        while not path.exists():
+            assert run.poll() is None
+            time.sleep(0.01)
+        time.sleep(random.random())
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        assert torch.load(path, weights_only=True)["log"]
+
+
+# ------------------------------------------------------------------ 9. shape of the project
+def train_section(name):
+    source = (ROOT / f"{name}.py").read_text()
+    return source[
+        source.index("# ---------------------------------------------------------------- train") :
+    ].split("\n")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_train_section_is_the_same_text(name):
+    first, this = train_section(next(iter(SCRIPTS))), train_section(name)
+    changed = [line[2:] for line in difflib.ndiff(first, this) if line[:2] in ("- ", "+ ")]
+    assert len(this) <= 101  # the last is the empty one behind the final line break
+    assert (
+        all(line.startswith("def main(argv=None, Model=") for line in changed) and len(changed) <= 2
+    )
+
+
+def test_blocks_of_the_same_name_are_the_same_text():
+    seen = {}
+    for name in SCRIPTS:
+        source = (ROOT / f"{name}.py").read_text()
+        for node in ast.parse(source).body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name != "main":
+                text = ast.get_source_segment(source, node)
+                text = "\n".join(line for line in text.split("\n") if "# differs from" not in line)
+                assert seen.setdefault(node.name, text) == text, f"{node.name} in {name}.py"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_shape_of_a_script(name):
+    source = (ROOT / f"{name}.py").read_text()
+    tree = ast.parse(source)
+    for node in tree.body:  # importing runs nothing
+        guard = isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
+        text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        assert (
+            guard
+            or text
+            or isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom))
+        )
+    header = ast.get_docstring(tree)
+    assert 20 <= len(header.split("\n")) <= 40
+    for word in (
+        f"python {name}.py --epochs",
+        "arXiv:",
+        "\nIdea ",
+        "\nMaths ",
+        "\nShapes ",
+        "\nUnits ",
+        "\nHealthy ",
+    ):
+        assert word in header
+    assert (
+        "cpu" in header.lower() or "gpu" in header.lower()
+    )  # the measured result and its hardware
+    assert max(map(len, source.split("\n"))) <= 100
+
+
+def test_imports_and_layout():
+    allowed = {"torch", "torchvision", "numpy", "PIL", "pytest", "common"}
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            tops = {n.split(".")[0] for n in names} - set(sys.stdlib_module_names)
+            assert tops <= allowed and (
+                path.stem in ("common", "test_smoke") or tops <= {"torch", "common"}
+            )
+    models = (
+        "rnn made wavenet pixelcnn gatedcnn transformer vae vqvae gan diffusion common test_smoke"
+    )
+    layout = {f"{m}.py" for m in models.split()} | {
+        "requirements.txt",
+        "README.md",
+        "LICENSE",
+        "data",
+        "assets",
+        "bench",
+    }
+    made = {"out", "__pycache__", "venv"}
+    assert {p.name for p in ROOT.iterdir() if p.name[0] != "."} <= layout | made
+
+
+# ------------------------------------------------------------------ 10. bad input
+WRONG_USE = {
+    "--epochs -3": "above 0",
+    "--epochs 0": "above 0",
+    "--batch-size 0": "above 0",
+    "--lr -1": "above 0",
+    "--sample 0": "above 0",
+    "--epochs x": "invalid int value",
+    "--device warp": "invalid choice",
+    "--dataset CIFAR": "invalid choice",
+    "--bogus": "unrecognized",
+    "--batch-size 99999999": "--batch-size",
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_wrong_use_gets_one_line_and_status_2(name, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for args, message in WRONG_USE.items():
+        status, _, err = cli(monkeypatch, capsys, name, *args.split(), "--data-dir", ROOT / "data")
+        assert status == 2 and message in err and err.count("\n") == 1, err
+    assert os.listdir(tmp_path) == []
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_bad_checkpoint_gets_one_line_and_stays(name, small, monkeypatch, capsys):
+    small(name, "--epochs", 1)
+    good = Path(f"out/{name}/model.pt").read_bytes()
+    foreign, evil = io.BytesIO(), io.BytesIO()
+    torch.save({"model": {"weight": torch.zeros(3)}, "config": {}}, foreign)
+    torch.save({"model": Malicious()}, evil)
+    bad = {"missing": None, "empty": b"", "short": good[: len(good) // 2], "text": b"hello",
+           "foreign": foreign.getvalue(), "evil": evil.getvalue(), "other sizes": good}  # fmt: skip
+    for title, data in bad.items():
+        Path("out/bad").mkdir(exist_ok=True)
+        path = Path("out/bad/model.pt")
+        path.unlink(missing_ok=True) if data is None else path.write_bytes(data)
+        for flag in ("--resume", "--sample=3"):
+            status, _, err = cli(monkeypatch, capsys, name, flag, "--out-dir", "out/bad")
+            assert (
+                status == 1 and err.count("\n") == 1 and "cannot load out/bad/model.pt: " in err
+            ), (title, err)
+        assert data is None or path.read_bytes() == data
+    assert not Path("owned").exists() and os.listdir("out/bad") == ["model.pt"]
+
+
+def test_another_scripts_checkpoint_is_refused(small, monkeypatch, capsys):
+    for name in SCRIPTS:
+        small(name, "--epochs", 1)
+    names = list(SCRIPTS)
+    for name, other in zip(names, names[1:] + names[:1]):
+        with pytest.raises(SystemExit) as stop:
+            small(name, "--out-dir", f"out/{other}", "--resume")
+        assert "cannot load" in stop.value.code
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_disk_that_cannot_be_written(name, small, monkeypatch, capsys, tmp_path):
+    Path("file").write_text("")
+    status, _, err = cli(
+        monkeypatch, capsys, name, "--out-dir", "file/out", "--batch-size", 300, "--epochs", 1
+    )
+    assert status == 1 and err.count("\n") == 1 and "Not a directory" in err
+    small(name, "--epochs", 1)
+    good = Path(f"out/{name}/model.pt").read_bytes()
+    os.symlink(
+        "/dev/full", f"out/{name}/model.pt.part"
+    )  # every write to it fails with "no space left"
+    status, _, err = cli(monkeypatch, capsys, name, "--batch-size", 300, "--epochs", 1)
+    assert status == 1 and err.count("\n") == 1 and "No space left" in err
+    assert Path(f"out/{name}/model.pt").read_bytes() == good
+
+
+def test_tensorboard_is_optional(small, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    status, _, err = cli(
+        monkeypatch, capsys, "vae", "--tensorboard", "--batch-size", 300, "--epochs", 1
+    )
+    assert status == 1 and err.count("\n") == 1 and "tensorboard" in err
+
+
+# ------------------------------------------------------------------ common.py
+def test_load_mnist():
+    train_x, train_y, test_x, test_y = IMAGES
+    assert train_x.shape == (60000, 1, 28, 28) and test_x.shape == (10000, 1, 28, 28)
+    assert (
+        train_x.dtype == test_x.dtype == torch.uint8
+        and train_y.dtype == test_y.dtype == torch.int64
+    )
+    assert train_x.sum() == 1_567_298_545 and train_y[:5].tolist() == [5, 0, 4, 1, 9]
+    assert test_y.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+
+
+@pytest.fixture
+def mirror(monkeypatch, tmp_path):
+    """A folder with the data and a mirror to download it from; mirror.down: no network."""
+    raw = tmp_path / "MNIST" / "raw"
+    shutil.copytree(ROOT / "data/MNIST/raw", raw)
+
+    def download_url(url, folder, name, md5):
+        if mirror.down:
+            raise OSError("<urlopen error no network>\nsecond line")
+        data = (ROOT / "data/MNIST/raw" / name).read_bytes()
+        with open(Path(folder) / name, "wb") as file:  # slowly, in two halves
+            file.write(data[:1000])
+            file.flush()
+            time.sleep(0.1)
+            file.write(data[1000:])
+
+    mirror = type("Mirror", (), {"down": False, "raw": raw, "root": tmp_path})
+    monkeypatch.setattr(common, "download_url", download_url)
+    return mirror
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "altered", "empty"])
+def test_damaged_data_is_fetched_again_or_gets_one_line(mirror, damage):
+    path = mirror.raw / "t10k-images-idx3-ubyte.gz"
+    data = path.read_bytes()
+    bad = {"truncated": data[:5000], "altered": data[:9000] + b"x" + data[9001:], "empty": b""}.get(
+        damage
+    )
+    path.unlink() if bad is None else path.write_bytes(bad)
+    mirror.down = True
+    with pytest.raises(OSError) as error:
+        common.load_mnist(mirror.root)
+    message = str(error.value)
+    assert "\n" not in message and "no network" in message and str(mirror.raw) in message
+    assert all(
+        name in message for name in os.listdir(ROOT / "data/MNIST/raw") if name.endswith(".gz")
+    )
+    assert bad is None or path.read_bytes() == bad
+    mirror.down = False
+    assert torch.equal(common.load_mnist(mirror.root)[2], IMAGES[2]) and path.read_bytes() == data
+
+
+def test_missing_data_without_network_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(
+        common, "download_url", lambda *_: (_ for _ in ()).throw(OSError("no network"))
+    )
+    status, _, err = cli(
+        monkeypatch, capsys, "vae", "--data-dir", tmp_path / "none", "--out-dir", tmp_path / "out"
+    )
+    assert status == 1 and err.count("\n") == 1 and "train-images-idx3-ubyte.gz" in err
+
+
+def test_unpacked_copies_are_never_trusted(mirror):
+    (mirror.raw / "train-images-idx3-ubyte").write_bytes(b"short")
+    assert torch.equal(common.load_mnist(mirror.root)[0][-1], IMAGES[0][-1])
+
+
+def test_four_loads_at_once(mirror):
+    for name in os.listdir(mirror.raw):
+        (mirror.raw / name).unlink()
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(common.load_mnist(mirror.root)))
+        for _ in range(4)
+    ]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert len(results) == 4 and all(torch.equal(r[2], IMAGES[2]) for r in results)
+    assert len(os.listdir(mirror.raw)) == 4  # and no leftovers
+
+
+def test_save_images(tmp_path):
+    path = common.save_images(IMAGES[2][:25] / 255, tmp_path / "new" / "grid")
+    picture = Image.open(path)
+    assert path.name == "grid.png" and picture.size == (302, 92) and picture.mode == "L"
+    assert (
+        torch.tensor(list(picture.crop((2, 2, 30, 30)).tobytes())).view(28, 28) == IMAGES[2][0, 0]
+    ).all()
+
+    frames = torch.rand(60, 30, 1, 28, 28)
+    frames[-1] = 1
+    path = common.save_images(frames, tmp_path / "film")
+    film = Image.open(path)
+    assert path.name == "film.gif" and path.stat().st_size < 1_000_000 and film.info["loop"] == 0
+    film.seek(film.n_frames - 1)
+    assert (
+        film.info["duration"] == 2000 and film.convert("L").getpixel((10, 10)) == 255
+    )  # rests on the last
+    film.seek(0)
+    assert film.info["duration"] == 80 and film.n_frames >= 10
+
+
+def test_save_images_refuses_and_keeps(tmp_path, monkeypatch):
+    path = common.save_images(torch.zeros(1, 1, 8, 8), tmp_path / "grid")
+    before = path.read_bytes()
+    nan = torch.zeros(1, 1, 8, 8)
+    nan[0, 0, 0, 0] = math.nan
+    for bad in (
+        nan,
+        nan.nan_to_num() - 0.1,
+        nan.nan_to_num() + 1.1,
+        torch.zeros(4, 28, 28),
+        torch.zeros(1, 3, 8, 8),
+    ):
+        with pytest.raises(ValueError):
+            common.save_images(bad, tmp_path / "grid")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError):
+        common.save_images(torch.ones(1, 1, 8, 8), tmp_path / "grid")
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["grid.png"]
