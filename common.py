@@ -9,6 +9,7 @@ import io
 import os
 import socket
 import tempfile
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,8 @@ def _download(source, raw, name, md5):
             try:
                 download_url(mirror + name, private, name, md5)
                 return os.replace(Path(private) / name, raw / name)
-            except (OSError, RuntimeError) as error:
-                reason = str(error).splitlines()[0]
+            except (OSError, RuntimeError, HTTPException) as error:
+                reason = str(error).partition("\n")[0] or type(error).__name__
     files = ", ".join(name for name, _ in source.resources)
     raise OSError(
         f"{raw / name} is missing or damaged, and downloading it failed ({reason}): "
@@ -70,29 +71,23 @@ def save_images(images, path):
     """
     images = images.detach().float().cpu()
     if images.ndim not in (4, 5) or images.shape[-3] != 1 or 0 in images.shape:
-        raise ValueError(
-            f"images must be (N, 1, H, W) or (T, N, 1, H, W), not {tuple(images.shape)}"
-        )
+        raise ValueError(f"not (N, 1, H, W) or (T, N, 1, H, W): {tuple(images.shape)}")
     if not ((images >= 0) & (images <= 1)).all():  # NaN fails both
         raise ValueError("images must lie in [0, 1] and hold no NaN")
     animated = images.ndim == 5
     levels = 15 if animated else 255
-    grids = (
-        make_grid(x, nrow=10, pad_value=0.5)[0] for x in (images if animated else images[None])
-    )
-    frames = [
-        Image.fromarray(((g * levels).round() * (255 / levels)).byte().numpy()) for g in grids
-    ]
+    frames = []
+    for x in images if animated else images[None]:
+        grid = make_grid(x, nrow=10, pad_value=0.5)[0]  # (H', W'), of three equal channels
+        frames.append(Image.fromarray(((grid * levels).round() * (255 / levels)).byte().numpy()))
     for stride in range(1, len(frames) + 1):
-        first, *rest = kept = frames[::-stride][::-1]  # counted from the end, which is always kept
-        data, rests = io.BytesIO(), [80] * len(rest) + [2000]  # milliseconds
-        options = (
-            dict(append_images=rest, save_all=True, duration=rests, loop=0) if animated else {}
-        )
-        first.save(data, "gif" if animated else "png", **options)
-        if not animated or data.tell() < 1_000_000 or len(kept) == 1:
+        first, *others = frames[::-stride][::-1]  # counted from the last frame, which always stays
+        data, durations = io.BytesIO(), [80] * len(others) + [2000]  # milliseconds
+        options = dict(save_all=True, append_images=others, duration=durations, loop=0)
+        first.save(data, **dict(options, format="gif") if animated else dict(format="png"))
+        if data.tell() < 1_000_000:
             break
-    path = Path(path).with_suffix(".gif" if animated else ".png")
+    path = Path(f"{path}.gif" if animated else f"{path}.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + f".{os.getpid()}.part")
     try:

@@ -2,14 +2,14 @@
 
     python diffusion.py --epochs 10      # RESULT
 
-Ho, Jain and Abbeel 2020, arXiv:2006.11239. The deterministic sampler: DDIM, arXiv:2010.02502;
+Ho, Jain and Abbeel 2020 (DDPM), arXiv:2006.11239. Deterministic sampler: DDIM, arXiv:2010.02502;
 v-prediction: arXiv:2202.00512; guidance: arXiv:2207.12598. Departures: continuous time on a quarter
 circle instead of 1000 betas, a two-step solver, a U-Net of two resolutions without GroupNorm.
 
 Idea    Mix an image with noise, more and more, until nothing of it is left. A network that sees
         the mixture can tell in which direction the image lies, on average over all images that
         may hide there, and following it for a small step undoes a little of the mixing. Training
-        is one pass at one random time; a sample takes some 25 passes, each from the last one's end.
+        is one pass at one random time; a sample takes 25, each starting where the last one ended.
 Maths   t runs from 0, the image x0, to 1, the noise eps ~ N(0, 1); training covers both ends.
             x_t = cos(a) x0 + sin(a) eps,  a = t pi / 2
         On this circle the velocity is v = dx_t/da = cos(a) eps - sin(a) x0; the network learns
@@ -17,16 +17,17 @@ Maths   t runs from 0, the image x0, to 1, the noise eps ~ N(0, 1); training cov
         whose minimum is the mean of v given x_t. Knowing v is knowing x0 and eps:
             x0 = cos(a) x_t - sin(a) v,  eps = sin(a) x_t + cos(a) v.
         To predict eps tells nothing at t = 1 (it is x_t), x0 nothing at t = 0; v is fair to both.
-        It is score matching: grad log p(x_t) = -E[eps | x_t] / sin(a).
-        Sampling solves dx/da = v(x, t) from t = 1 to 0: given the noise, no more chance is needed,
-        and it runs backwards too, from an image to its noise. Where labels are used,
-            v = v(no label) + guidance (v(label) - v(no label)):
+        Learning v is score matching: grad log p(x_t) = -E[eps | x_t] / sin(a).
+        If every x moves by its mean v, the crowd of all x keeps the right density at every t. So
+        sampling solves dx/da = v(x, t) from noise at t = 1 to t = 0: the noise decides the image,
+        and the way back, from an image to its noise, is as easy. Where labels are used, it follows
+            v(no label) + guidance (v(label) - v(no label)):
         0 ignores the label, 1 is the conditional model, more than 1 exaggerates what it adds.
 Shapes  x (B, 1, 28, 28) in [0, 1] outside, x0 in [-1, 1] inside, like the noise around 0;
         x_t, v, eps (B, 1, 28, 28); t (B,) in [0, 1]; y (B,) in 0..9. 28 = 4 * 7: two halvings.
 Units   loss: mean squared error of v a pixel. It is no likelihood; see the README for a score.
-Healthy The loss falls fast to 0.2, then slowly, and stays far above 0, since x_t does not determine
-        v. The samples are strokes after one epoch and digits after three.
+Healthy The loss falls fast to 0.15, then slowly, and stays far above 0, as x_t does not determine
+        v. The samples are strokes after one epoch and mostly digits after five.
 """
 
 import argparse
@@ -46,14 +47,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # ---------------------------------------------------------------- model
 class ResBlock(nn.Module):
-    """x + conv(silu(scale norm(conv(silu(x))) + shift)), where emb sets scale and shift."""
+    """x + conv(silu((1 + scale) norm(conv(silu(x))) + shift)), where emb sets scale and shift."""
 
     def __init__(self, channels, n_embd):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.modulate = nn.Linear(n_embd, 2 * channels)
-        nn.init.zeros_(self.conv2.weight)  # at first the block is the identity
+        nn.init.zeros_(self.conv2.weight)  # at first the block adds no more than a bias
 
     def forward(self, x, emb):  # x (B, C, H, W), emb (B, n_embd)
         scale, shift = self.modulate(emb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1) each
@@ -68,7 +69,8 @@ def slerp(a, b, n=10):
     Noise of D numbers has a norm of about sqrt(D); the arc keeps it, a straight line does not.
     """
     a, b = a.flatten(1)[:, None], b.flatten(1)[:, None]  # (B, 1, D)
-    angle = F.cosine_similarity(a, b, dim=2).acos().clamp(min=1e-4)[..., None]  # (B, 1, 1)
+    cosine = F.cosine_similarity(a, b, dim=2)[..., None]  # (B, 1, 1)
+    angle = cosine.clamp(-1, 1).acos().clamp(min=1e-4)
     w = torch.linspace(0, 1, n, device=a.device)[:, None]  # (n, 1)
     arc = (((1 - w) * angle).sin() * a + (w * angle).sin() * b) / angle.sin()  # (B, n, D)
     return arc.flatten(0, 1)
@@ -89,13 +91,17 @@ class Diffusion(nn.Module):
         self.up = nn.ConvTranspose2d(2 * channels, channels, 2, stride=2)
         self.outer = ResBlock(channels, n_embd)
         self.head = nn.Conv2d(channels, 4, 3, padding=1)
-        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.weight)  # at first v = 0, the mean of what it may be
+
+    def embed(self, x, y):
+        """y (B,) labels, or None for "no label" -> (B, n_embd), on the device of x (B, ...)."""
+        if y is None:
+            y = torch.full((len(x),), self.n_classes, device=x.device)
+        return self.label(y)
 
     def forward(self, x_t, t, y=None):
-        if y is None:
-            y = torch.full_like(t, self.n_classes, dtype=torch.long)
-        angles = t[:, None] * self.freqs  # (B, n_embd / 2): slow and fast clocks of t
-        emb = F.silu(self.time(torch.cat([angles.cos(), angles.sin()], 1)) + self.label(y))
+        angles = t[:, None] * self.freqs  # (B, n_embd / 2): t as the hands of slow and fast clocks
+        emb = F.silu(self.time(torch.cat([angles.cos(), angles.sin()], 1)) + self.embed(x_t, y))
         skip = self.stem(F.pixel_unshuffle(x_t, 2))  # (B, 4, 14, 14) -> (B, C, 14, 14)
         h = self.down(skip)  # (B, 2 C, 7, 7)
         for block in self.inner:
@@ -111,9 +117,9 @@ class Diffusion(nn.Module):
     def loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> mean squared error of v, {"loss": it}."""
         x0 = 2 * x - 1
-        if y is not None and self.training:  # 1 label in 10 is hidden: guidance needs both answers
+        if y is not None and self.training:  # hide 1 label in 10: guidance needs both answers
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
-        # one t from each B-th of [0, 1]: as uniform as B independent ones, with far less variance
+        # one random t in each of B equal slices of [0, 1]: less variance than B independent ones
         t = (torch.arange(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
         x_t, v = self.diffuse(x0, t, torch.randn_like(x0))
         loss = F.mse_loss(self(x_t, t, y), v)
@@ -121,26 +127,26 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def ode(self, x, start, end, steps, y=None, guidance=1.5):
-        """Solve dx/da = v from time start to end, in either direction; yields (x_t, predicted x0).
+        """Solve dx/da = v from time start to end, in either direction.
 
-        A step follows v, extrapolated to the step's middle from this and the last step's v (the
-        two-step Adams-Bashforth method: error O(1 / steps^2), one network call a step; two with y).
+        Yields for each step the x after it and the x0 predicted before it, (B, 1, H, W) each.
+        A step follows v in the step's middle, extrapolated from this and the last v (the two-step
+        Adams-Bashforth method: error O(1 / steps^2)). A network call a step; two, if y is given.
         """
-        h, last = (end - start) / steps, None
+        da, last = (end - start) / steps * math.pi / 2, None
         for i in range(steps):
-            t = torch.full((len(x),), start + h * i, device=x.device)
-            v = self(x, t)
+            t = torch.full((len(x),), start + (end - start) * i / steps, device=x.device)
+            v, a = self(x, t), start * math.pi / 2 + i * da
             if y is not None:
                 v = v + guidance * (self(x, t, y) - v)
-            a = (start + h * i) * math.pi / 2
             x0 = math.cos(a) * x - math.sin(a) * v
-            x = x + h * math.pi / 2 * (v if last is None else 1.5 * v - 0.5 * last)
+            x = x + da * (v if last is None else 1.5 * v - 0.5 * last)
             last = v
             yield x, x0
 
     @torch.no_grad()
     def sample(self, n, y=None, steps=25, guidance=1.5):
-        """n images (n, 1, H, W) in [0, 1] by `steps` network calls; y (n,) labels or None."""
+        """n images (n, 1, H, W) in [0, 1] by `steps` steps of the ODE; y (n,) labels or None."""
         x = torch.randn(n, 1, self.size, self.size, device=self.freqs.device)
         for x, _ in self.ode(x, 1, 0, steps, y, guidance):
             pass
@@ -148,9 +154,9 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def pictures(self, x):
-        """x (N, 1, H, W) test images -> process (x_t | predicted x0) and interpolation."""
+        """x (N, 1, H, W) test images -> process (25, N, 1, H, 2 W), interpolation (10 N, ...)."""
         noise = torch.randn_like(x)
-        frames = [torch.cat(pair, -1) for pair in self.ode(noise, 1, 0, 25)]  # (N, 1, H, 2 W) each
+        frames = [torch.cat(pair, -1) for pair in self.ode(noise, 1, 0, 25)]  # x_t, predicted x0
         for noise, _ in self.ode(2 * x - 1, 0, 1, 25):  # backwards: from the images to their noise
             pass
         between = slerp(noise, noise.roll(-1, 0)).view(-1, *x.shape[1:])  # each image to the next
@@ -166,11 +172,11 @@ def evaluate(measure, images, batch_size=500):
     total, n = Counter(), len(images)
     for i, x in enumerate(images.split(batch_size)):
         torch.manual_seed(i)
-        total.update({k: float(v) * len(x) / n for k, v in measure(x / 255)[1].items()})
+        total.update({k: float(v) * len(x) / n for k, v in measure(x / 255)[1].items()})  # adds
     return dict(total)
 
 
-def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # own to each of the ten
+def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # defaults of this file
     kinds = ["cpu"] + ["mps"] * torch.mps.is_available() + ["cuda"] * torch.cuda.is_available()
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     flag = parser.add_argument
@@ -185,13 +191,13 @@ def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # own 
     flag("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
     flag("--compile", action="store_true", help="torch.compile the loss: slow start, faster steps")
     flag("--resume", action="store_true", help="go on from model.pt; repeat the other flags")
-    flag("--sample", type=int, metavar="N", help="no training: N samples of model.pt")
+    flag("--sample", type=int, metavar="N", help="do not train: N samples of model.pt")
     flag("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
-    flag("--tensorboard", action="store_true", help="figures and samples for it into OUT_DIR")
+    flag("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
     args = parser.parse_args(argv)
     if min(args.epochs, args.batch_size, args.lr, 1 if args.sample is None else args.sample) <= 0:
         parser.error("--epochs, --batch-size, --lr and --sample must be above 0")
-    from common import load_mnist, save_images  # in your project: your tensors, your pictures
+    from common import load_mnist, save_images  # elsewhere: use your own tensors and pictures
     torch.manual_seed(args.seed)
     device, out = args.device.replace("auto", kinds[-1]), Path(args.out_dir + "-dry" * args.dry_run)
     config = Model.__init__.__kwdefaults__ | {"n_classes": 10 * args.class_cond}
@@ -204,7 +210,7 @@ def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # own 
         if args.resume or args.sample: kept = torch.load(out / "model.pt", "cpu", weights_only=True)
         for key in kept and parts: parts[key].load_state_dict(kept[key])
     except Exception as error:  # a damaged or foreign file can raise anything
-        sys.exit(f"{parser.prog}: error: cannot load {out}/model.pt: {error}".split("\n")[0])
+        sys.exit(f"cannot load {out}/model.pt: {' '.join(str(error).split())}")
     amp = torch.autocast(device, torch.bfloat16, torch.cuda.is_bf16_supported(False)
                          if device == "cuda" else torch.cpu._is_amx_tile_supported())
 
@@ -231,8 +237,8 @@ def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # own 
             total += loss.detach()
             if sys.stdout.isatty() and step % 10 == 0:
                 pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
-                print(f"\rstep {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} im/s"
-                      f" | {pace * (last - step):.0f} s left  ", end="", flush=True)
+                print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"
+                      f" | {pace * (last - step):.0f} s left  ", end="\r", flush=True)
         train, seconds = float(total) / steps, time.time() - start
         test = evaluate(amp(epoch == args.epochs and getattr(net, "bound", 0) or net.loss), test_x)
         log.append({"epoch": epoch, "seconds": seconds, "train_loss": train} | test)
@@ -242,10 +248,10 @@ def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # own 
         torch.save(state | {"config": config, "log": log}, buffer := io.BytesIO())
         (out / "model.pt.part").write_bytes(buffer.getvalue())
         os.replace(out / "model.pt.part", out / "model.pt")  # never a half-written model.pt
-        rows = [log[-1], *(row.values() for row in log)]
+        rows = [max(log, key=len), *(row.values() for row in log)]
         (out / "log.csv").write_text("\n".join(",".join(map(str, row)) for row in rows))
         figures = " ".join(f"{key} {value:.4g}" for key, value in test.items())
-        print(f"\repoch {epoch:3}/{args.epochs} | train loss {train:.4g} | test {figures} | "
+        print(f"epoch {epoch:3}/{args.epochs} | train loss {train:.4g} | test {figures} | "
               f"{seconds:.1f} s | {steps * args.batch_size / seconds:,.0f} img/s", flush=True)
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter

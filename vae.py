@@ -1,23 +1,24 @@
-"""VAE: 32 numbers that say which digit it is and how it is drawn, learnt by a bound on log p(x).
+"""VAE: write an image as 32 random numbers, read it back, and so learn a bound on log p(x).
 
     python vae.py --epochs 30      # RESULT
 
 Kingma and Welling 2013, arXiv:1312.6114; the tighter bound: Burda et al. 2015, arXiv:1509.00519.
-Departures: a small residual network in place of an MLP, EMA of the weights.
+Departures: convolutions around the one hidden layer of either MLP, EMA of the weights.
 
 Idea    An image is made in two steps: a code z of 32 numbers from a fixed Gaussian, then every
         pixel, given z, by a decoder. p(x) is an integral over all z, but almost every z draws
-        something else than x: so an encoder learns where to look, q(z | x), and pays for it.
+        something else than x. So an encoder learns where to look, q(z | x); the further that
+        is from p(z), the higher the price.
 Maths   log p(x) >= E_q[log p(x | z)] - KL(q(z | x) || p(z)) = ELBO = -(recon + kl)
             q(z | x) = N(mu, sigma^2), p(z) = N(0, 1), p(x | z) = prod_i Bernoulli(logits_i)
-        z = mu + sigma eps leaves the chance to eps, so that gradients reach mu and sigma. The
+        z = mu + sigma eps leaves the chance to eps ~ N(0, 1): gradients reach mu and sigma. The
         encoder gives logvar = log sigma^2: any number will do, sigma > 0 needs no clamp.
         With k draws from q the bound is tighter, and exact in the limit; the run ends with it:
-            log p(x) >= E log 1/k sum_k p(x, z_k) / q(z_k | x) = -iwae
-        Sampling: z ~ N(0, 1), then the decoder's mean; drawing its pixels would add specks.
-Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside, drawn anew from the greys each time;
-        mu, logvar, z (B, 32); logits (B, 1, 28, 28)
-Units   nats/image: sums over 784 pixels and over 32 codes, a mean over the batch alone. Means
+            log p(x) >= E log(1/k sum_j p(x, z_j) / q(z_j | x)) = -iwae
+        Sampling: z ~ N(0, 1), then the mean of p(x | z), which coin flips would only speckle.
+Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
+        drawn anew each time; mu, logvar, z (B, 32); logits (B, 1, 28, 28); 28 = 4 * 7
+Units   nats/image: sums over the pixels and over z, a mean over the batch alone. Means
         over both would weigh kl 784 / 32 = 24.5 times too much, and bound nothing.
 Healthy kl climbs to 20-25 while recon falls. Reconstructions look better than samples, since the
         codes that q uses are only a part of what p(z) draws.
@@ -40,14 +41,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 # ---------------------------------------------------------------- model
 class ResBlock(nn.Module):
-    """x + conv(silu(scale norm(conv(silu(x))) + shift)), where emb sets scale and shift."""
+    """x + conv(silu((1 + scale) norm(conv(silu(x))) + shift)), where emb sets scale and shift."""
 
     def __init__(self, channels, n_embd):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.modulate = nn.Linear(n_embd, 2 * channels)
-        nn.init.zeros_(self.conv2.weight)  # at first the block is the identity
+        nn.init.zeros_(self.conv2.weight)  # at first the block adds no more than a bias
 
     def forward(self, x, emb):  # x (B, C, H, W), emb (B, n_embd)
         scale, shift = self.modulate(emb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1) each
@@ -59,29 +60,33 @@ class ResBlock(nn.Module):
 class VAE(nn.Module):
     """Encoder q(z | x), decoder p(x | z), and the bound that trains both."""
 
-    def __init__(self, *, channels=48, z_dim=32, n_embd=16, size=28, n_classes=10):
+    def __init__(self, *, channels=32, hidden=512, z_dim=32, n_embd=16, size=28, n_classes=10):
         super().__init__()
-        self.z_dim, self.n_classes, self.inner = z_dim, n_classes, (channels, size // 4, size // 4)
+        self.z_dim, self.n_classes, self.grid = z_dim, n_classes, (channels, size // 4, size // 4)
         self.label = nn.Embedding(n_classes + 1, n_embd)  # the last entry is "no label"
         self.stem = nn.Conv2d(16, channels, 3, padding=1)
         self.encoder = ResBlock(channels, n_embd)
-        self.posterior = nn.Linear(math.prod(self.inner), 2 * z_dim)
-        self.expand = nn.Linear(z_dim, math.prod(self.inner))
+        flat, to_z = math.prod(self.grid), nn.Linear(hidden, 2 * z_dim)  # mu and logvar
+        self.shrink = nn.Sequential(nn.Linear(flat, hidden), nn.SiLU(), to_z)
+        self.expand = nn.Sequential(nn.Linear(z_dim, hidden), nn.SiLU(), nn.Linear(hidden, flat))
         self.decoder = ResBlock(channels, n_embd)
         self.head = nn.Conv2d(channels, 16, 3, padding=1)
 
     def embed(self, x, y):
-        return self.label(torch.full((len(x),), self.n_classes).to(x.device) if y is None else y)
+        """y (B,) labels, or None for "no label" -> (B, n_embd), on the device of x (B, ...)."""
+        if y is None:
+            y = torch.full((len(x),), self.n_classes, device=x.device)
+        return self.label(y)
 
     def encode(self, x, y=None):
         """x (B, 1, H, W) in {0, 1} -> mu, logvar (B, z_dim) of q(z | x)."""
         h = self.stem(F.pixel_unshuffle(2 * x - 1, 4))  # (B, 16, 7, 7) -> (B, C, 7, 7)
         h = self.encoder(h, self.embed(x, y))
-        return self.posterior(F.silu(h).flatten(1)).float().chunk(2, dim=1)
+        return self.shrink(F.silu(h).flatten(1)).float().chunk(2, dim=1)
 
     def decode(self, z, y=None):
         """z (B, z_dim) -> logits (B, 1, H, W) of p(x | z)."""
-        h = self.decoder(self.expand(z).view(-1, *self.inner), self.embed(z, y))  # (B, C, 7, 7)
+        h = self.decoder(self.expand(z).view(-1, *self.grid), self.embed(z, y))  # (B, C, 7, 7)
         return F.pixel_shuffle(self.head(F.silu(h)), 4).float()  # (B, 16, 7, 7) -> (B, 1, 28, 28)
 
     def forward(self, x, y=None):
@@ -92,7 +97,7 @@ class VAE(nn.Module):
     def loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> -ELBO and its parts, in nats/image."""
         x = torch.bernoulli(x)
-        if y is not None and self.training:  # hide 1 label in 10: one model with and without
+        if y is not None and self.training:  # hide 1 label in 10: one model for both uses
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         logits, mu, logvar = self(x, y)
         recon = F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
@@ -102,12 +107,12 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def bound(self, x, y=None, k=64):
-        """As loss, on the same noise, with iwae: minus the bound of k draws, in nats/image."""
+        """As loss, on the same binary x, with iwae: minus the bound of k draws, in nats/image."""
         x = torch.bernoulli(x)
         metrics = self.loss(x, y)[1]
         mu, logvar = self.encode(x, y)
         log_w = []
-        for _ in range(k):  # one draw a time is all that has to fit into memory
+        for _ in range(k):  # one draw at a time: all that has to fit into memory
             eps = torch.randn_like(mu)
             z = mu + (0.5 * logvar).exp() * eps
             nll = F.binary_cross_entropy_with_logits(self.decode(z, y), x, reduction="none")
@@ -123,9 +128,10 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def pictures(self, x):
-        """x (N, 1, H, W) test images -> reconstruction, each row below its x, and interpolation."""
+        """x (N, 1, H, W) images -> reconstruction (2 N, 1, H, W), interpolation (10 N, 1, H, W)."""
+        x = torch.bernoulli(x)
         mu, _ = self.encode(x)
-        pairs = zip(x.split(10), self.decode(mu).sigmoid().split(10))
+        pairs = zip(x.split(10), self.decode(mu).sigmoid().split(10))  # a row of x, one below it
         a, b = mu[:, None], mu.roll(-1, 0)[:, None]  # (N, 1, z_dim): each image and the next
         line = a + (b - a) * torch.linspace(0, 1, 10, device=x.device)[:, None]  # (N, 10, z_dim)
         between = self.decode(line.flatten(0, 1)).sigmoid()
@@ -138,11 +144,11 @@ def evaluate(measure, images, batch_size=500):
     total, n = Counter(), len(images)
     for i, x in enumerate(images.split(batch_size)):
         torch.manual_seed(i)
-        total.update({k: float(v) * len(x) / n for k, v in measure(x / 255)[1].items()})
+        total.update({k: float(v) * len(x) / n for k, v in measure(x / 255)[1].items()})  # adds
     return dict(total)
 
 
-def main(argv=None, Model=VAE, epochs=30, batch_size=64, lr=2e-3):  # own to each of the ten
+def main(argv=None, Model=VAE, epochs=30, batch_size=64, lr=2e-3):  # defaults of this file
     kinds = ["cpu"] + ["mps"] * torch.mps.is_available() + ["cuda"] * torch.cuda.is_available()
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     flag = parser.add_argument
@@ -157,13 +163,13 @@ def main(argv=None, Model=VAE, epochs=30, batch_size=64, lr=2e-3):  # own to eac
     flag("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
     flag("--compile", action="store_true", help="torch.compile the loss: slow start, faster steps")
     flag("--resume", action="store_true", help="go on from model.pt; repeat the other flags")
-    flag("--sample", type=int, metavar="N", help="no training: N samples of model.pt")
+    flag("--sample", type=int, metavar="N", help="do not train: N samples of model.pt")
     flag("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
-    flag("--tensorboard", action="store_true", help="figures and samples for it into OUT_DIR")
+    flag("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
     args = parser.parse_args(argv)
     if min(args.epochs, args.batch_size, args.lr, 1 if args.sample is None else args.sample) <= 0:
         parser.error("--epochs, --batch-size, --lr and --sample must be above 0")
-    from common import load_mnist, save_images  # in your project: your tensors, your pictures
+    from common import load_mnist, save_images  # elsewhere: use your own tensors and pictures
     torch.manual_seed(args.seed)
     device, out = args.device.replace("auto", kinds[-1]), Path(args.out_dir + "-dry" * args.dry_run)
     config = Model.__init__.__kwdefaults__ | {"n_classes": 10 * args.class_cond}
@@ -176,7 +182,7 @@ def main(argv=None, Model=VAE, epochs=30, batch_size=64, lr=2e-3):  # own to eac
         if args.resume or args.sample: kept = torch.load(out / "model.pt", "cpu", weights_only=True)
         for key in kept and parts: parts[key].load_state_dict(kept[key])
     except Exception as error:  # a damaged or foreign file can raise anything
-        sys.exit(f"{parser.prog}: error: cannot load {out}/model.pt: {error}".split("\n")[0])
+        sys.exit(f"cannot load {out}/model.pt: {' '.join(str(error).split())}")
     amp = torch.autocast(device, torch.bfloat16, torch.cuda.is_bf16_supported(False)
                          if device == "cuda" else torch.cpu._is_amx_tile_supported())
 
@@ -203,8 +209,8 @@ def main(argv=None, Model=VAE, epochs=30, batch_size=64, lr=2e-3):  # own to eac
             total += loss.detach()
             if sys.stdout.isatty() and step % 10 == 0:
                 pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
-                print(f"\rstep {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} im/s"
-                      f" | {pace * (last - step):.0f} s left  ", end="", flush=True)
+                print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"
+                      f" | {pace * (last - step):.0f} s left  ", end="\r", flush=True)
         train, seconds = float(total) / steps, time.time() - start
         test = evaluate(amp(epoch == args.epochs and getattr(net, "bound", 0) or net.loss), test_x)
         log.append({"epoch": epoch, "seconds": seconds, "train_loss": train} | test)
@@ -214,10 +220,10 @@ def main(argv=None, Model=VAE, epochs=30, batch_size=64, lr=2e-3):  # own to eac
         torch.save(state | {"config": config, "log": log}, buffer := io.BytesIO())
         (out / "model.pt.part").write_bytes(buffer.getvalue())
         os.replace(out / "model.pt.part", out / "model.pt")  # never a half-written model.pt
-        rows = [log[-1], *(row.values() for row in log)]
+        rows = [max(log, key=len), *(row.values() for row in log)]
         (out / "log.csv").write_text("\n".join(",".join(map(str, row)) for row in rows))
         figures = " ".join(f"{key} {value:.4g}" for key, value in test.items())
-        print(f"\repoch {epoch:3}/{args.epochs} | train loss {train:.4g} | test {figures} | "
+        print(f"epoch {epoch:3}/{args.epochs} | train loss {train:.4g} | test {figures} | "
               f"{seconds:.1f} s | {steps * args.batch_size / seconds:,.0f} img/s", flush=True)
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
