@@ -176,19 +176,19 @@ def evaluate(measure, images, batch_size=500):
     return dict(total)
 
 
-def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # defaults of this file
-    kinds = ["cpu"] + ["mps"] * torch.mps.is_available() + ["cuda"] * torch.cuda.is_available()
+def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # its defaults
+    kinds = ["mps"] * torch.mps.is_available() + ["cpu"] + ["cuda"] * torch.cuda.is_available()
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("--epochs", type=int, default=epochs, help="passes over the images (default %(default)s)")
     flag("--batch-size", type=int, default=batch_size, help="images a step (default %(default)s)")
     flag("--lr", type=float, default=lr, help="peak learning rate of AdamW (default %(default)s)")
     flag("--seed", type=int, default=0, help="of weights, order, noise and samples (default 0)")
-    flag("--device", default="auto", choices=["auto", *kinds], help="auto: cuda if there is one")
+    flag("--device", default="auto", choices=["auto", *kinds], help="auto: cuda, or else cpu")
     flag("--dataset", default="MNIST", choices=["MNIST", "FashionMNIST", "KMNIST"], help="(MNIST)")
     flag("--data-dir", default="data", help="folder of the data sets (default %(default)s)")
     flag("--out-dir", default=f"out/{Path(__file__).stem}", help="for output (default %(default)s)")
-    flag("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
+    flag("--class-cond", action="store_true", help="learn labels, too; grids have a column a class")
     flag("--compile", action="store_true", help="torch.compile the loss: slow start, faster steps")
     flag("--resume", action="store_true", help="go on from model.pt; repeat the other flags")
     flag("--sample", type=int, metavar="N", help="do not train: N samples of model.pt")
@@ -212,11 +212,11 @@ def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # defa
     except Exception as error:  # a damaged or foreign file can raise anything
         sys.exit(f"cannot load {out}/model.pt: {' '.join(str(error).split())}")
     amp = torch.autocast(device, torch.bfloat16, torch.cuda.is_bf16_supported(False)
-                         if device == "cuda" else torch.cpu._is_amx_tile_supported())
+                         if device == "cuda" else torch.cpu._is_avx512_bf16_supported())
 
     def sample(n=4 if args.dry_run else 100):  # from the same noise each time
         torch.manual_seed(args.seed)
-        return amp(net.sample)(n, torch.arange(n, device=device) % 10 if args.class_cond else None)
+        return net.sample(n, torch.arange(n, device=device) % 10 if args.class_cond else None)
     if args.sample: return print("wrote", save_images(sample(args.sample), out / "samples"))
     cut, log = 2 * args.batch_size if args.dry_run else None, kept.get("log", [])
     train_x, train_y, test_x, _ = (d[:cut] for d in load_mnist(args.data_dir, args.dataset, device))
@@ -258,7 +258,7 @@ def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # defa
             with SummaryWriter(out) as board:
                 board.add_images("samples", grid, epoch)
                 for figure in log[-1].items(): board.add_scalar(*figure, epoch)
-    for name, x in (amp(net.pictures)(test_x[::64][:20] / 255) | {"samples": sample()}).items():
+    for name, x in (net.pictures(test_x[::64][:20] / 255) | {"samples": sample()}).items():
         save_images(x, out / name)
 
 

@@ -1,0 +1,240 @@
+"""Transformer: every pixel looks back at all earlier ones and picks what helps to guess it.
+
+    python transformer.py --epochs 2      # @T@ minutes on 2 CPU cores: test nll @N@ nats (seed 0)
+
+Vaswani et al. 2017, arXiv:1706.03762; on pixels: Chen et al. 2020 (Image GPT). Departures: norms
+before the layers and on q and k, squared ReLU, a convolution at the input, no dropout.
+
+Idea    An image is a sequence of pixels, row by row. To guess pixel i, compare a question (its
+        query) with what each earlier pixel offers (its key), and mix what they say (their values).
+        Training knows the image and makes 784 guesses in one pass; sampling takes 784 steps.
+Maths   log p(x) = sum_i log p(x_i | x_<i),  p(x_i = 1 | x_<i) = sigmoid(logits_i): exact, no bound
+            attention_i = sum_{j <= i} w_ij v_j,  w_ij = softmax_j(q_i k_j / sqrt(head size))
+        Token i is made of the pixels before i alone (the stem ends at i - 1), so it may see itself.
+        A later pixel changes no key and no value: sampling computes each once and keeps them.
+        Draw x_i, do not round it: the likeliest pixel each time soon makes an empty image.
+Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
+        drawn anew each time; tokens (B, 784, n_embd); q, k, v (B, n_head, 784, n_embd / n_head).
+Units   nll: nats/image, sum over pixels, mean over images; bpd = nll / (784 log 2): bits a pixel.
+Healthy @H@
+        Knowing nothing costs 543 nats, 
+"""
+
+import argparse
+import io
+import math
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+# ---------------------------------------------------------------- model
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, n_embd, n_head):
+        super().__init__()
+        self.n_head = n_head
+        self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
+        self.proj = nn.Linear(n_embd, n_embd, bias=False)
+        self.expand = nn.Linear(n_embd, 4 * n_embd, bias=False)
+        self.shrink = nn.Linear(4 * n_embd, n_embd, bias=False)
+        for last in self.proj, self.shrink:
+            nn.init.zeros_(last.weight)  # at first the block is the identity
+
+    def forward(self, x, cache=None):  # x (B, T, n_embd); cache (2, B, n_head, i + 1, head size)
+        h = self.qkv(F.layer_norm(x, x.shape[-1:])).unflatten(2, (3, self.n_head, -1))
+        q, k, v = h.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head size) each
+        q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
+        if cache is not None:  # T = 1: pixel i, and the keys and values of pixels 0..i
+            cache[0, ..., -1:, :], cache[1, ..., -1:, :] = k, v
+            k, v = cache
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
+        x = x + self.proj(h.transpose(1, 2).flatten(2))
+        return x + self.shrink(self.expand(F.layer_norm(x, x.shape[-1:])).relu().square())
+
+
+class PixelTransformer(nn.Module):
+    """Causal self-attention over the pixels in raster order."""
+
+    def __init__(self, *, n_embd=96, n_head=1, n_layer=2, size=28, n_classes=10):
+        super().__init__()
+        self.size, self.n_classes, self.n_embd, self.n_head = size, n_classes, n_embd, n_head
+        self.reach = 3 * size + 3
+        self.stem = nn.Conv1d(1, n_embd, self.reach)  # over the 87 pixels before
+        self.row = nn.Parameter(0.02 * torch.randn(size, 1, n_embd))
+        self.col = nn.Parameter(0.02 * torch.randn(1, size, n_embd))
+        self.label = nn.Embedding(n_classes + 1, n_embd)  # the last entry is "no label"
+        nn.init.zeros_(self.label.weight)
+        self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
+        self.head = nn.Linear(n_embd, 1)
+
+    def embed(self, x, y):
+        """y (B,) labels, or None for "no label" -> (B, n_embd), on the device of x (B, ...)."""
+        if y is None:
+            y = torch.full((len(x),), self.n_classes, device=x.device)
+        return self.label(y)
+
+    def run(self, x, start, end, y, caches):
+        """Logits (B, T) of pixels start to end - 1, each computed from those before it in x."""
+        past = F.pad(x.flatten(2), (self.reach, 0))[..., start : end - 1 + self.reach]
+        place = (self.row + self.col).flatten(0, 1)[start:end]  # (T, n_embd)
+        h = self.stem(past).transpose(1, 2) + place + self.embed(x, y)[:, None]  # (B, T, n_embd)
+        for block, cache in zip(self.blocks, caches):
+            h = block(h, cache)
+        return self.head(F.layer_norm(h, h.shape[-1:]))[..., 0].float()
+
+    def forward(self, x, y=None):
+        return self.run(x, 0, x[0].numel(), y, [None] * len(self.blocks)).view_as(x)
+
+    def scan(self, x, y):
+        """Yields the logits (B,) of each pixel in order, computed from the earlier ones in x."""
+        shape = len(self.blocks), 2, len(x), self.n_head, x[0].numel(), self.n_embd // self.n_head
+        caches = self.blocks[0].qkv(self.label.weight).new_zeros(shape)
+        for i in range(x[0].numel()):
+            yield self.run(x, i, i + 1, y, caches[..., : i + 1, :])[:, 0]
+
+    def loss(self, x, y=None):
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
+        x = torch.bernoulli(x)
+        if y is not None and self.training:  # hide 1 label in 10: one model for both uses
+            y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
+        nll = F.binary_cross_entropy_with_logits(self(x, y), x, reduction="sum") / len(x)
+        return nll, {"nll": nll, "bpd": nll / (x[0].numel() * math.log(2))}
+
+    @torch.no_grad()
+    def sample(self, n, y=None, top=None, guidance=1.0):
+        """n binary images (n, 1, H, W), each pixel drawn given those before it; y (n,) or None.
+
+        top (n, 1, h, W): the first h rows in {0, 1}, or None to draw these, too
+        guidance: 0 ignores y, 1 draws from p(x | y), more exaggerates what y adds
+        """
+        top = self.label.weight.new_zeros(n, 1, 0, self.size) if top is None else top
+        x = F.pad(top, (0, 0, 0, self.size - top.shape[2]))  # (n, 1, H, W), still empty below
+        scans = [self.scan(x, y)] + [self.scan(x, None)] * (y is not None and guidance != 1)
+        for i, (logits, *free) in enumerate(zip(*scans)):
+            if free:
+                logits = free[0] + guidance * (logits - free[0])
+            if i >= top[0].numel():
+                x.view(n, -1)[:, i] = torch.bernoulli(logits.sigmoid())
+        return x
+
+    @torch.no_grad()
+    def pictures(self, x):
+        """x (N, 1, H, W) images -> sampling, a frame each half row (57, 20, 1, H, W); completion:
+        10 images, their upper halves, and 4 draws of each lower half (60, 1, H, W)."""
+        x, half = torch.bernoulli(x[:10]), self.size // 2
+        order = torch.arange(self.size**2, device=x.device).view(self.size, -1)
+        top, drawn = x[:, :, :half].repeat(4, 1, 1, 1), self.sample(20)
+        frames = [drawn.where(order < i, 0.5) for i in range(0, self.size**2 + 1, half)]
+        rows = [x, x.where(order < half * self.size, 0.5), self.sample(len(top), top=top)]
+        return {"sampling": torch.stack(frames), "completion": torch.cat(rows)}
+
+
+# ---------------------------------------------------------------- train
+def evaluate(measure, images, batch_size=500):
+    """Mean of each metric of measure(x) over uint8 images (N, 1, H, W); equal noise every time."""
+    total, n = Counter(), len(images)
+    for i, x in enumerate(images.split(batch_size)):
+        torch.manual_seed(i)
+        total.update({k: float(v) * len(x) / n for k, v in measure(x / 255)[1].items()})  # adds
+    return dict(total)
+
+
+def main(argv=None, Model=PixelTransformer, epochs=10, batch_size=64, lr=5e-3):  # its defaults
+    kinds = ["mps"] * torch.mps.is_available() + ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
+    flag = parser.add_argument
+    flag("--epochs", type=int, default=epochs, help="passes over the images (default %(default)s)")
+    flag("--batch-size", type=int, default=batch_size, help="images a step (default %(default)s)")
+    flag("--lr", type=float, default=lr, help="peak learning rate of AdamW (default %(default)s)")
+    flag("--seed", type=int, default=0, help="of weights, order, noise and samples (default 0)")
+    flag("--device", default="auto", choices=["auto", *kinds], help="auto: cuda, or else cpu")
+    flag("--dataset", default="MNIST", choices=["MNIST", "FashionMNIST", "KMNIST"], help="(MNIST)")
+    flag("--data-dir", default="data", help="folder of the data sets (default %(default)s)")
+    flag("--out-dir", default=f"out/{Path(__file__).stem}", help="for output (default %(default)s)")
+    flag("--class-cond", action="store_true", help="learn labels, too; grids have a column a class")
+    flag("--compile", action="store_true", help="torch.compile the loss: slow start, faster steps")
+    flag("--resume", action="store_true", help="go on from model.pt; repeat the other flags")
+    flag("--sample", type=int, metavar="N", help="do not train: N samples of model.pt")
+    flag("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
+    flag("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
+    args = parser.parse_args(argv)
+    if min(args.epochs, args.batch_size, args.lr, 1 if args.sample is None else args.sample) <= 0:
+        parser.error("--epochs, --batch-size, --lr and --sample must be above 0")
+    from common import load_mnist, save_images  # elsewhere: use your own tensors and pictures
+    torch.manual_seed(args.seed)
+    device, out = args.device.replace("auto", kinds[-1]), Path(args.out_dir + "-dry" * args.dry_run)
+    config = Model.__init__.__kwdefaults__ | {"n_classes": 10 * args.class_cond}
+    model = Model(**config).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
+    ema = AveragedModel(model, multi_avg_fn=lambda *a: get_ema_multi_avg_fn(0.5 ** (20 / step))(*a))
+    net, kept = ema.module.eval().requires_grad_(False), {}  # net is what we test, sample and keep
+    parts = {"model": net, "ema": ema, "weights": model, "optimizer": optimizer}
+    try:
+        if args.resume or args.sample: kept = torch.load(out / "model.pt", "cpu", weights_only=True)
+        for key in kept and parts: parts[key].load_state_dict(kept[key])
+    except Exception as error:  # a damaged or foreign file can raise anything
+        sys.exit(f"cannot load {out}/model.pt: {' '.join(str(error).split())}")
+    amp = torch.autocast(device, torch.bfloat16, torch.cuda.is_bf16_supported(False)
+                         if device == "cuda" else torch.cpu._is_avx512_bf16_supported())
+
+    def sample(n=4 if args.dry_run else 100):  # from the same noise each time
+        torch.manual_seed(args.seed)
+        return net.sample(n, torch.arange(n, device=device) % 10 if args.class_cond else None)
+    if args.sample: return print("wrote", save_images(sample(args.sample), out / "samples"))
+    cut, log = 2 * args.batch_size if args.dry_run else None, kept.get("log", [])
+    train_x, train_y, test_x, _ = (d[:cut] for d in load_mnist(args.data_dir, args.dataset, device))
+    steps = len(train_x) // args.batch_size or parser.error("--batch-size exceeds the images")
+    last, loss_fn = args.epochs * steps, torch.compile(model.loss) if args.compile else model.loss
+    print(f"{out}: epochs {len(log) + 1} to {args.epochs} of {steps} steps on {device}", flush=True)
+    for epoch in range(len(log) + 1, args.epochs + 1):
+        order = torch.randperm(len(train_x), generator=torch.manual_seed(args.seed << 20 | epoch))
+        total, start = 0, time.time()
+        for step, i in enumerate(order.split(args.batch_size)[:steps], (epoch - 1) * steps + 1):
+            optimizer.param_groups[0]["lr"] = args.lr * min(50 * step, last + 1 - step) / last
+            loss, _ = amp(loss_fn)(train_x[i] / 255, train_y[i] if args.class_cond else None)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            ema.update_parameters(model)
+            total += loss.detach()
+            if sys.stdout.isatty() and step % 10 == 0:
+                pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
+                print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"
+                      f" | {pace * (last - step):.0f} s left  ", end="\r", flush=True)
+        train, seconds = float(total) / steps, time.time() - start
+        test = evaluate(amp(epoch == args.epochs and getattr(net, "bound", 0) or net.loss), test_x)
+        log.append({"epoch": epoch, "seconds": seconds, "train_loss": train} | test)
+        if not math.isfinite(sum(log[-1].values())): sys.exit(f"loss {train}: try a smaller --lr")
+        save_images(grid := sample(), out / f"samples_{epoch:04d}")
+        state = {key: part.state_dict() for key, part in parts.items()}
+        torch.save(state | {"config": config, "log": log}, buffer := io.BytesIO())
+        (out / "model.pt.part").write_bytes(buffer.getvalue())
+        os.replace(out / "model.pt.part", out / "model.pt")  # never a half-written model.pt
+        rows = [max(log, key=len), *(row.values() for row in log)]
+        (out / "log.csv").write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n")
+        figures = " ".join(f"{key} {value:.4g}" for key, value in test.items())
+        print(f"epoch {epoch:3}/{args.epochs} | train loss {train:.4g} | test {figures} | "
+              f"{seconds:.1f} s | {steps * args.batch_size / seconds:,.0f} img/s", flush=True)
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            with SummaryWriter(out) as board:
+                board.add_images("samples", grid, epoch)
+                for figure in log[-1].items(): board.add_scalar(*figure, epoch)
+    for name, x in (net.pictures(test_x[::64][:20] / 255) | {"samples": sample()}).items():
+        save_images(x, out / name)
+
+
+if __name__ == "__main__":
+    try: main()
+    except (OSError, ImportError, KeyboardInterrupt) as error:
+        sys.exit(f"{Path(__file__).name}: error: {str(error) or 'interrupted, --resume goes on'}")
