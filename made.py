@@ -1,6 +1,6 @@
 """MADE: one plain network over all pixels, masked so that guess i sees only the pixels before i.
 
-    python made.py --epochs 20      # @T@ minutes on 2 CPU cores: test nll @N@ nats (seed 0)
+    python made.py --epochs 5      # 3 minutes on one CPU core: test nll 87.64 nats (seed 0)
 
 Germain et al. 2015, arXiv:1502.03509; residual blocks: Nash and Durkan 2019, arXiv:1904.05626.
 Departures: a single order, sorted degrees, a sampler with the arithmetic of a single pass.
@@ -19,8 +19,7 @@ Maths   log p(x) = sum_i log p(x_i | x_<i),  p(x_i = 1 | x_<i) = sigmoid(logits_
 Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
         drawn anew each time; pixels (B, 784), hidden units (B, hidden).
 Units   nll: nats/image, sum over pixels, mean over images; bpd = nll / (784 log 2): bits a pixel.
-Healthy @H@
-        Knowing nothing costs 543 nats.
+Healthy Knowing nothing costs 543 nats. One epoch brings the nll to about 93, five to 88.
 """
 
 import argparse
@@ -86,7 +85,7 @@ class MADE(nn.Module):
         return (self.direct(pixels) + self.head(h.relu())).view_as(x).float()
 
     def scan(self, x, y):
-        """Yields the logits (B,) of each pixel in order, computed from the earlier ones in x."""
+        """Yields the logits (B,) of each pixel in order; the caller then writes it into x."""
         label, start = self.embed(x, y), 0
         units = label.new_empty(2 * len(self.blocks) + 1, *label.shape)  # what the layers read
         for i, end in enumerate(self.ends):

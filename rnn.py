@@ -1,26 +1,26 @@
 """PixelRNN: an LSTM reads an image pixel by pixel and guesses the next one.
 
-    python rnn.py --epochs 2      # @T@ minutes on 2 CPU cores: test nll @N@ nats (seed 0)
+    python rnn.py --epochs 1      # 0.4 s a step on 2 CPU cores (bf16): 7 minutes
 
-Van den Oord et al. 2016, arXiv:1601.06759; LSTM: Hochreiter and Schmidhuber 1997. Departures: a
-plain LSTM along the raster order, which is shown the rows above by a convolution at its input.
+Van den Oord et al. 2016, arXiv:1601.06759; LSTM: Hochreiter and Schmidhuber 1997. Departures: an
+LSTM along the raster order instead of one by rows or diagonals, layer norms, and a convolution
+at the input that shows the rows above.
 
-Idea    Read the pixels row by row, and keep notes of fixed size on all that was seen: c, and h,
-        what of c matters now. From them guess the next pixel. Training knows the whole image, so
-        the inputs of all steps are known and the guesses are made in one call; sampling has to
-        draw pixel i before it can read it: 784 calls. Both pass through the pixels one by one.
+Idea    Read the pixels row by row, and keep notes of fixed size on all that was seen: c; h is the
+        part of c that matters now. From h guess the next pixel. Training knows the image and makes
+        784 guesses in one call, sampling takes 784 calls; inside, both go pixel by pixel.
 Maths   log p(x) = sum_i log p(x_i | x_<i),  p(x_i = 1 | x_<i) = sigmoid(logits_i): exact, no bound
             c_i = f c_{i-1} + u g,  h_i = o tanh(c_i)
         Gates f (keep), u (write), o (show) in (0, 1) and the note g in (-1, 1) are functions of
-        h_{i-1} and input i. Where f is 1, gradients pass through any number of steps unchanged.
-        Input i is made of the pixels before i alone: the last three rows, where the pixel above is
-        28 steps back, and the LSTM need not remember them.
+        h_{i-1} and token i. Where f is 1, the gradient along c passes unchanged.
+        Token i is made of the pixels before i alone (the stem ends at i - 1). The pixel above is
+        28 steps back, too far to rely on memory: the stem shows it.
         Draw x_i, do not round it: the likeliest pixel each time soon makes an empty image.
 Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
-        drawn anew each time; inputs and outputs of a layer (B, 784, n_embd).
-Units   nll: nats/image, a sum over pixels and a mean over images; bpd = nll / (784 log 2): bits
-        a pixel. Knowing nothing costs 543 nats.
-Healthy @H@
+        drawn anew each time; tokens, and what each layer makes of them, (B, 784, n_embd).
+Units   nll: nats/image, sum over pixels, mean over images; bpd = nll / (784 log 2): bits a pixel.
+Healthy 375 steps of 32 images took the nll from 543 nats (knowing nothing) to 86.8 (of the first
+        1,000 test images; seed 0, lr 5e-3, one CPU core). A whole epoch was not measured yet.
 """
 
 import argparse
@@ -45,8 +45,8 @@ class PixelRNN(nn.Module):
     def __init__(self, *, n_embd=128, n_layer=2, size=28, n_classes=10):
         super().__init__()
         self.size, self.n_classes = size, n_classes
-        self.reach = 3 * size + 3
-        self.stem = nn.Conv1d(1, n_embd, self.reach)  # over the 87 pixels before
+        self.reach = 3 * size + 3  # pixels: three rows and three more
+        self.stem = nn.Conv1d(1, n_embd, self.reach)
         self.row = nn.Parameter(0.02 * torch.randn(size, 1, n_embd))
         self.col = nn.Parameter(0.02 * torch.randn(1, size, n_embd))
         self.label = nn.Embedding(n_classes + 1, n_embd)  # the last entry is "no label"
@@ -75,7 +75,7 @@ class PixelRNN(nn.Module):
         return self.run(x, 0, x[0].numel(), y, [None] * len(self.layers)).view_as(x)
 
     def scan(self, x, y):
-        """Yields the logits (B,) of each pixel in order, computed from the earlier ones in x."""
+        """Yields the logits (B,) of each pixel in order; the caller then writes it into x."""
         states = [None] * len(self.layers)
         for i in range(x[0].numel()):
             yield self.run(x, i, i + 1, y, states)[:, 0]

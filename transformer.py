@@ -1,12 +1,12 @@
 """Transformer: every pixel looks back at all earlier ones and picks what helps to guess it.
 
-    python transformer.py --epochs 2      # @T@ minutes on 2 CPU cores: test nll @N@ nats (seed 0)
+    python transformer.py --epochs 1      # 0.7 s a step on 2 CPU cores (bf16): 11 minutes
 
 Vaswani et al. 2017, arXiv:1706.03762; on pixels: Chen et al. 2020 (Image GPT). Departures: norms
-before the layers and on q and k, squared ReLU, a convolution at the input, no dropout.
+before the layers and on q and k, squared ReLU, one wide head, a convolution at the input.
 
 Idea    An image is a sequence of pixels, row by row. To guess pixel i, compare a question (its
-        query) with what each earlier pixel offers (its key), and mix what they say (their values).
+        query) with what each token up to i offers (its key), and mix what they say (their values).
         Training knows the image and makes 784 guesses in one pass; sampling takes 784 steps.
 Maths   log p(x) = sum_i log p(x_i | x_<i),  p(x_i = 1 | x_<i) = sigmoid(logits_i): exact, no bound
             attention_i = sum_{j <= i} w_ij v_j,  w_ij = softmax_j(q_i k_j / sqrt(head size))
@@ -16,8 +16,8 @@ Maths   log p(x) = sum_i log p(x_i | x_<i),  p(x_i = 1 | x_<i) = sigmoid(logits_
 Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
         drawn anew each time; tokens (B, 784, n_embd); q, k, v (B, n_head, 784, n_embd / n_head).
 Units   nll: nats/image, sum over pixels, mean over images; bpd = nll / (784 log 2): bits a pixel.
-Healthy @H@
-        Knowing nothing costs 543 nats, 
+Healthy 375 steps of 16 images took the nll from 543 nats (knowing nothing) to 87.5 (of the first
+        1,000 test images; seed 0, lr 5e-3, one CPU core). A whole epoch was not measured yet.
 """
 
 import argparse
@@ -53,7 +53,7 @@ class Block(nn.Module):
         h = self.qkv(F.layer_norm(x, x.shape[-1:])).unflatten(2, (3, self.n_head, -1))
         q, k, v = h.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head size) each
         q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
-        if cache is not None:  # T = 1: pixel i, and the keys and values of pixels 0..i
+        if cache is not None:  # T = 1: token i, and the keys and values of tokens 0..i
             cache[0, ..., -1:, :], cache[1, ..., -1:, :] = k, v
             k, v = cache
         h = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
@@ -67,8 +67,8 @@ class PixelTransformer(nn.Module):
     def __init__(self, *, n_embd=96, n_head=1, n_layer=2, size=28, n_classes=10):
         super().__init__()
         self.size, self.n_classes, self.n_embd, self.n_head = size, n_classes, n_embd, n_head
-        self.reach = 3 * size + 3
-        self.stem = nn.Conv1d(1, n_embd, self.reach)  # over the 87 pixels before
+        self.reach = 3 * size + 3  # pixels: three rows and three more
+        self.stem = nn.Conv1d(1, n_embd, self.reach)
         self.row = nn.Parameter(0.02 * torch.randn(size, 1, n_embd))
         self.col = nn.Parameter(0.02 * torch.randn(1, size, n_embd))
         self.label = nn.Embedding(n_classes + 1, n_embd)  # the last entry is "no label"
@@ -95,7 +95,7 @@ class PixelTransformer(nn.Module):
         return self.run(x, 0, x[0].numel(), y, [None] * len(self.blocks)).view_as(x)
 
     def scan(self, x, y):
-        """Yields the logits (B,) of each pixel in order, computed from the earlier ones in x."""
+        """Yields the logits (B,) of each pixel in order; the caller then writes it into x."""
         shape = len(self.blocks), 2, len(x), self.n_head, x[0].numel(), self.n_embd // self.n_head
         caches = self.blocks[0].qkv(self.label.weight).new_zeros(shape)
         for i in range(x[0].numel()):
