@@ -176,7 +176,7 @@ def evaluate(measure, images, batch_size=500):
     return dict(total)
 
 
-def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # its defaults
+def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # to suit Model
     kinds = ["mps"] * torch.mps.is_available() + ["cpu"] + ["cuda"] * torch.cuda.is_available()
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     flag = parser.add_argument
@@ -188,7 +188,7 @@ def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # its 
     flag("--dataset", default="MNIST", choices=["MNIST", "FashionMNIST", "KMNIST"], help="(MNIST)")
     flag("--data-dir", default="data", help="folder of the data sets (default %(default)s)")
     flag("--out-dir", default=f"out/{Path(__file__).stem}", help="for output (default %(default)s)")
-    flag("--class-cond", action="store_true", help="learn labels, too; grids have a column a class")
+    flag("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
     flag("--compile", action="store_true", help="torch.compile the loss: slow start, faster steps")
     flag("--resume", action="store_true", help="go on from model.pt; repeat the other flags")
     flag("--sample", type=int, metavar="N", help="do not train: N samples of model.pt")
