@@ -1,6 +1,6 @@
 """Diffusion: learn to take a little noise off an image, then turn pure noise into a digit.
 
-    python diffusion.py --epochs 10      # 11 minutes on 2 CPU cores: test loss 0.1229 (seed 0)
+    python diffusion.py --epochs 10      # 4 minutes on 2 CPU cores: test loss 0.1236 (seed 0)
 
 Ho, Jain and Abbeel 2020 (DDPM), arXiv:2006.11239. Deterministic sampler: DDIM, arXiv:2010.02502;
 v-prediction: arXiv:2202.00512; guidance: arXiv:2207.12598. Departures: continuous time on a quarter
