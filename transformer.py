@@ -1,6 +1,6 @@
 """Transformer: every pixel looks back at all earlier ones and picks what helps to guess it.
 
-    python transformer.py --epochs 1      # 15 minutes on 2 CPU cores: test nll 83.42 nats (seed 0)
+    python transformer.py --epochs 1      # 11 minutes on 2 CPU cores: test nll 82.77 nats (seed 0)
 
 Vaswani et al. 2017, arXiv:1706.03762; on pixels: Chen et al. 2020 (Image GPT). Departures: norms
 before the layers and on q and k, squared ReLU, one wide head, a convolution at the input.
@@ -64,7 +64,7 @@ class Block(nn.Module):
 class PixelTransformer(nn.Module):
     """Causal self-attention over the pixels in raster order."""
 
-    def __init__(self, *, n_embd=96, n_head=1, n_layer=2, size=28, n_classes=10):
+    def __init__(self, *, n_embd=64, n_head=1, n_layer=2, size=28, n_classes=10):
         super().__init__()
         self.size, self.n_classes, self.n_embd, self.n_head = size, n_classes, n_embd, n_head
         self.reach = 3 * size + 3  # pixels: three rows and three more
@@ -230,7 +230,7 @@ def main(argv=None, Model=PixelTransformer, epochs=10, batch_size=64, lr=5e-3): 
             with SummaryWriter(out) as board:
                 board.add_images("samples", grid, epoch)
                 for figure in log[-1].items(): board.add_scalar(*figure, epoch)
-    for name, x in (net.pictures(test_x[::64][:20] / 255) | {"samples": sample()}).items():
+    for name, x in ({"samples": sample()} | net.pictures(test_x[::64][:20] / 255)).items():
         save_images(x, out / name)
 
 

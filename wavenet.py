@@ -229,7 +229,7 @@ def main(argv=None, Model=WaveNet, epochs=20, batch_size=64, lr=1e-2):  # to sui
             with SummaryWriter(out) as board:
                 board.add_images("samples", grid, epoch)
                 for figure in log[-1].items(): board.add_scalar(*figure, epoch)
-    for name, x in (net.pictures(test_x[::64][:20] / 255) | {"samples": sample()}).items():
+    for name, x in ({"samples": sample()} | net.pictures(test_x[::64][:20] / 255)).items():
         save_images(x, out / name)
 
 
