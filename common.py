@@ -1,4 +1,4 @@
-"""Data in, pictures out: everything that the ten scripts share.
+"""Data in, pictures out: what the ten scripts import from here, and nothing else.
 
 train_x, train_y, test_x, test_y = load_mnist()    # uint8 images (N, 1, 28, 28), int64 labels (N,)
 save_images(images, "out/grid")                    # (N, 1, H, W) -> PNG, (T, N, 1, H, W) -> GIF
@@ -36,7 +36,7 @@ def load_mnist(data_dir="data", dataset="MNIST", device="cpu"):
     for name, md5 in source.resources:  # train images, train labels, test images, test labels
         if not check_integrity(raw / name, md5):
             _download(source, raw, name, md5)
-        data = np.frombuffer(gzip.decompress((raw / name).read_bytes()), np.uint8)
+        data = np.frombuffer(gzip.decompress((raw / name).read_bytes()), np.uint8)  # after a header
         data = data[16:].reshape(-1, 1, 28, 28) if "images" in name else data[8:].astype(np.int64)
         tensors.append(torch.tensor(data, device=device))
     return tensors

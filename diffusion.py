@@ -2,9 +2,10 @@
 
     python diffusion.py --epochs 10      # 4 minutes on 2 CPU cores: test loss 0.1236 (seed 0)
 
-Ho, Jain and Abbeel 2020 (DDPM), arXiv:2006.11239. Deterministic sampler: DDIM, arXiv:2010.02502;
-v-prediction: arXiv:2202.00512; guidance: arXiv:2207.12598. Departures: continuous time on a quarter
-circle instead of 1000 betas, a two-step solver, a U-Net of two resolutions without GroupNorm.
+Ho et al. 2020 (DDPM), arXiv:2006.11239; its ODE: Song et al. 2020 (DDIM), arXiv:2010.02502;
+v-prediction: Salimans and Ho 2022, arXiv:2202.00512; guidance: Ho and Salimans 2022,
+arXiv:2207.12598. Departures: continuous time on a quarter circle instead of 1000 betas, a two-step
+solver, a U-Net of two resolutions without GroupNorm.
 
 Idea    Mix an image with noise, more and more, until nothing of it is left. A network that sees
         the mixture can tell in which direction the image lies, on average over all images that
@@ -13,12 +14,12 @@ Idea    Mix an image with noise, more and more, until nothing of it is left. A n
 Maths   t runs from 0, the image x0, to 1, the noise eps ~ N(0, 1); training covers both ends.
             x_t = cos(a) x0 + sin(a) eps,  a = t pi / 2
         On this circle the velocity is v = dx_t/da = cos(a) eps - sin(a) x0; the network learns
-            loss = E || v(x_t, t) - v ||^2,
+            loss = E || v(x_t, t) - v ||^2 / 784,
         whose minimum is the mean of v given x_t. Knowing v is knowing x0 and eps:
             x0 = cos(a) x_t - sin(a) v,  eps = sin(a) x_t + cos(a) v.
         To predict eps tells nothing at t = 1 (it is x_t), x0 nothing at t = 0; v is fair to both.
-        Learning v is score matching: grad log p(x_t) = -E[eps | x_t] / sin(a).
-        If every x moves by its mean v, the crowd of all x keeps the right density at every t. So
+        Learning v is learning the score: grad log p(x_t) = -E[eps | x_t] / sin(a).
+        If every x moves by the mean v there, all x keep the right density at every t. So
         sampling solves dx/da = v(x, t) from noise at t = 1 to t = 0: the noise decides the image,
         and the way back, from an image to its noise, is as easy. Where labels are used, it follows
             v(no label) + guidance (v(label) - v(no label)):
@@ -94,12 +95,12 @@ class Diffusion(nn.Module):
         nn.init.zeros_(self.head.weight)  # start near v = 0
 
     def embed(self, x, y):
-        """y (B,) labels, or None for "no label" -> (B, n_embd), on the device of x (B, ...)."""
+        """y (B,) labels, or None for "no label" -> a vector each (B, ...), on the device of x."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
 
-    def forward(self, x_t, t, y=None):
+    def forward(self, x_t, t, y=None):  # x_t (B, 1, H, W), t (B,) in [0, 1] -> v like x_t
         angles = t[:, None] * self.freqs  # (B, n_embd / 2): t as the hands of slow and fast clocks
         emb = F.silu(self.time(torch.cat([angles.cos(), angles.sin()], 1)) + self.embed(x_t, y))
         skip = self.stem(F.pixel_unshuffle(x_t, 2))  # (B, 4, 14, 14) -> (B, C, 14, 14)
@@ -117,7 +118,7 @@ class Diffusion(nn.Module):
     def loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> mean squared error of v, {"loss": it}."""
         x0 = 2 * x - 1
-        if y is not None and self.training:  # hide 1 label in 10: guidance needs both answers
+        if y is not None and self.training:  # hide 1 label in 10: one model with and without them
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         # one random t in each of B equal slices of [0, 1]: less variance than B independent ones
         t = (torch.arange(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
@@ -140,7 +141,7 @@ class Diffusion(nn.Module):
             if y is not None:
                 v = v + guidance * (self(x, t, y) - v)
             x0 = math.cos(a) * x - math.sin(a) * v
-            x = x + da * (v if last is None else 1.5 * v - 0.5 * last)
+            x = x + da * (v if last is None else 1.5 * v - 0.5 * last)  # at first Euler's step
             last = v
             yield x, x0
 
@@ -154,7 +155,7 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def pictures(self, x):
-        """x (N, 1, H, W) test images -> process (25, N, 1, H, 2 W), interpolation (10 N, ...)."""
+        """x (N, 1, H, W) images -> process (25, N, 1, H, 2 W), interpolation (10 N, ...)."""
         noise = torch.randn_like(x)
         frames = [torch.cat(pair, -1) for pair in self.ode(noise, 1, 0, 25)]  # x_t, predicted x0
         for noise, _ in self.ode(2 * x - 1, 0, 1, 25):  # backwards: from the images to their noise
@@ -189,7 +190,7 @@ def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # to s
     flag("--data-dir", default="data", help="folder of the data sets (default %(default)s)")
     flag("--out-dir", default=f"out/{Path(__file__).stem}", help="for output (default %(default)s)")
     flag("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
-    flag("--compile", action="store_true", help="torch.compile the loss: slow start, faster steps")
+    flag("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
     flag("--resume", action="store_true", help="go on from model.pt; repeat the other flags")
     flag("--sample", type=int, metavar="N", help="do not train: N samples of model.pt")
     flag("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
@@ -225,7 +226,7 @@ def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # to s
     print(f"{out}: epochs {len(log) + 1} to {args.epochs} of {steps} steps on {device}", flush=True)
     for epoch in range(len(log) + 1, args.epochs + 1):
         order = torch.randperm(len(train_x), generator=torch.manual_seed(args.seed << 20 | epoch))
-        total, start = 0, time.time()
+        total, start = 0, time.time()  # lr: up for 2 % of all steps, then straight down to 0
         for step, i in enumerate(order.split(args.batch_size)[:steps], (epoch - 1) * steps + 1):
             optimizer.param_groups[0]["lr"] = args.lr * min(50 * step, last + 1 - step) / last
             loss, _ = amp(loss_fn)(train_x[i] / 255, train_y[i] if args.class_cond else None)
@@ -233,13 +234,13 @@ def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # to s
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            ema.update_parameters(model)
+            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             total += loss.detach()
             if sys.stdout.isatty() and step % 10 == 0:
                 pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
                 print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"
                       f" | {pace * (last - step):.0f} s left  ", end="\r", flush=True)
-        train, seconds = float(total) / steps, time.time() - start
+        train, seconds = float(total) / steps, time.time() - start  # then test, at last by bound
         test = evaluate(amp(epoch == args.epochs and getattr(net, "bound", 0) or net.loss), test_x)
         log.append({"epoch": epoch, "seconds": seconds, "train_loss": train} | test)
         if not math.isfinite(sum(log[-1].values())): sys.exit(f"loss {train}: try a smaller --lr")
@@ -248,7 +249,7 @@ def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # to s
         torch.save(state | {"config": config, "log": log}, buffer := io.BytesIO())
         (out / "model.pt.part").write_bytes(buffer.getvalue())
         os.replace(out / "model.pt.part", out / "model.pt")  # never a half-written model.pt
-        rows = [max(log, key=len), *(row.values() for row in log)]
+        rows = [max(log, key=len), *(row.values() for row in log)]  # names: of the longest row
         (out / "log.csv").write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n")
         figures = " ".join(f"{key} {value:.4g}" for key, value in test.items())
         print(f"epoch {epoch:3}/{args.epochs} | train loss {train:.4g} | test {figures} | "

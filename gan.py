@@ -1,6 +1,6 @@
 """GAN: a generator makes digits out of noise, a discriminator tries to tell them from real ones.
 
-    python gan.py --epochs 10      # 6 minutes on 2 CPU cores: all ten digits (seed 0)
+    python gan.py --epochs 10      # 6 minutes on 2 CPU cores: all ten digits appear (seed 0)
 
 Goodfellow et al. 2014, arXiv:1406.2661; DCGAN: Radford et al. 2015, arXiv:1511.06434; r1: Mescheder
 et al. 2018, arXiv:1801.04406. Departures: layer norm in G, no norm in D; EMA of the weights.
@@ -16,11 +16,11 @@ Maths   z ~ N(0, 1); D(x) is a logit: D takes x for real with probability sigmoi
         for a fake that D sees through, just where G has most to learn ("it saturates").
         r1 = E |dD(x)/dx|^2 keeps D flat around the data. Else D becomes ever steeper between data
         and fakes, and drives the fakes past the data, back, and past it again.
-Shapes  x (B, 1, 28, 28): in [0, 1] outside, [-1, 1] inside; z (B, z_dim). size: a multiple of 4.
+Shapes  x (B, 1, 28, 28) in [0, 1] outside, [-1, 1] inside; z (B, z_dim). size: a multiple of 4.
 Units   d_loss, g_loss: nats; d_real, d_fake: mean sigmoid(D) of test digits, of fakes.
 Healthy No loss falls for long: the opponent learns, too. Judge by the samples. If D only guessed,
-        d_loss would be 2 log 2 = 1.386 and g_loss log 2 = 0.693; a good run stays near both from
-        epoch 1 on. Where d_loss goes to 0, G has lost; where fakes are alike, G has collapsed.
+        d_loss would be 2 log 2 = 1.386 and g_loss log 2 = 0.693; a good run keeps within 0.15 of
+        both. Where d_loss nears 0, G has lost; where fakes are alike, G has collapsed.
 """
 
 import argparse
@@ -47,12 +47,12 @@ class Generator(nn.Module):
         self.grid = size // 4, size // 4, 2 * channels
         self.label = nn.Embedding(n_classes + 1, z_dim)  # the last entry is "no label"
         nn.init.zeros_(self.label.weight)
-        self.inp = nn.Linear(z_dim, math.prod(self.grid))
+        self.stem = nn.Linear(z_dim, math.prod(self.grid))
         self.up = nn.ConvTranspose2d(2 * channels, channels, 4, stride=2, padding=1)
         self.head = nn.ConvTranspose2d(channels, 1, 4, stride=2, padding=1)
 
     def forward(self, z, y):
-        h = self.inp(z + self.label(y)).view(-1, *self.grid)  # (B, 7, 7, 2 C)
+        h = self.stem(z + self.label(y)).view(-1, *self.grid)  # (B, 7, 7, 2 C)
         for up in self.up, self.head:  # the norm is over the channels of a pixel
             h = up(F.layer_norm(h, h.shape[-1:]).relu().movedim(3, 1)).movedim(1, 3)  # twice H, W
         return h.movedim(3, 1).tanh()  # (B, 1, 28, 28)
@@ -63,12 +63,12 @@ class Discriminator(nn.Module):
 
     def __init__(self, channels, size, n_classes):
         super().__init__()
-        self.inp = nn.Conv2d(1, channels, 4, stride=2, padding=1)
+        self.stem = nn.Conv2d(1, channels, 4, stride=2, padding=1)
         self.down = nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1)
         self.head = nn.Linear(2 * channels * (size // 4) ** 2, n_classes + 1)
 
     def forward(self, x, y):
-        h = F.leaky_relu(self.inp(x), 0.2)  # (B, C, 14, 14)
+        h = F.leaky_relu(self.stem(x), 0.2)  # (B, C, 14, 14)
         h = F.leaky_relu(self.down(h), 0.2).flatten(1)  # (B, 2 C * 49)
         return self.head(h).gather(1, y[:, None])[:, 0].float()  # a logit for each label: that of y
 
@@ -85,15 +85,15 @@ class GAN(nn.Module):
     def forward(self, y):  # a fake (B, 1, H, W) in [-1, 1] for each label in y (B,)
         return self.generator(torch.randn(len(y), self.z_dim, device=y.device), y)
 
-    def labels(self, x, y):
-        """y (B,), 1 in 10 replaced by "no label" in training; y None: "no label" for each x."""
+    def labels(self, x, y, hide=0):
+        """y (B,), each hidden with probability `hide`; y None: "no label" for each of the x."""
         none = torch.full((len(x),), self.n_classes, device=x.device)
-        hide = torch.rand(len(x), device=x.device) < (0.1 if self.training else 0)
-        return none if y is None else torch.where(hide, none, y)  # one for both uses
+        hidden = torch.rand(len(x), device=x.device) < hide
+        return none if y is None else torch.where(hidden, none, y)
 
     def d_loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> the discriminator's loss, metrics."""
-        x, y = (2 * x - 1).requires_grad_(), self.labels(x, y)
+        x, y = (2 * x - 1).requires_grad_(), self.labels(x, y, 0.1 * self.training)
         real, fake = self.discriminator(x, y), self.discriminator(self(y).detach(), y)
         # r1 = E |dD(x)/dx|^2: no D(x) depends on another x, so their sum gives each x its slope
         r1 = torch.autograd.grad(real.sum(), x, create_graph=True)[0].square().sum() / len(x)
@@ -104,12 +104,12 @@ class GAN(nn.Module):
 
     def g_loss(self, x, y=None):
         """As many fakes as there are x, of labels y -> the generator's loss, metrics."""
-        y = self.labels(x, y)
+        y = self.labels(x, y, 0.1 * self.training)  # one model with labels and without
         g_loss = F.softplus(-self.discriminator(self(y), y)).mean()
-        return g_loss, {"g_loss": g_loss.detach()}
+        return g_loss, {"g_loss": g_loss}
 
     def loss(self, x, y=None):
-        """The sum of both losses, to watch, with gradients on; in training, each has its own."""
+        """The sum of both losses, for tests (r1 needs gradients); training takes them in turns."""
         (d_loss, d_metrics), (g_loss, g_metrics) = self.d_loss(x, y), self.g_loss(x, y)
         return d_loss + g_loss, d_metrics | g_metrics
 
@@ -120,7 +120,7 @@ class GAN(nn.Module):
 
     @torch.no_grad()
     def pictures(self, x):
-        """x (N, 1, H, W) -> interpolation (10 N, 1, H, W), from each of N fakes to the next."""
+        """x (N, 1, H, W) images -> interpolation (10 N, 1, H, W): N fakes, each to the next."""
         a, w = torch.randn(len(x), 1, self.z_dim), torch.linspace(0, math.pi / 2, 10)[:, None]
         z = (w.cos() * a + w.sin() * a.roll(-1, 0)).flatten(0, 1).to(x.device)  # still ~ N(0, 1)
         return {"interpolation": (self.generator(z, self.labels(z, None)) + 1) / 2}
@@ -149,7 +149,7 @@ def main(argv=None, Model=GAN, epochs=20, batch_size=64, lr=4e-3):  # to suit Mo
     flag("--data-dir", default="data", help="folder of the data sets (default %(default)s)")
     flag("--out-dir", default=f"out/{Path(__file__).stem}", help="for output (default %(default)s)")
     flag("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
-    flag("--compile", action="store_true", help="torch.compile the loss: slow start, faster steps")
+    flag("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
     flag("--resume", action="store_true", help="go on from model.pt; repeat the other flags")
     flag("--sample", type=int, metavar="N", help="do not train: N samples of model.pt")
     flag("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
@@ -163,7 +163,7 @@ def main(argv=None, Model=GAN, epochs=20, batch_size=64, lr=4e-3):  # to suit Mo
     config = Model.__init__.__kwdefaults__ | {"n_classes": 10 * args.class_cond}
     model = Model(**config).to(device, memory_format=torch.channels_last)
     d_optimizer, g_optimizer = (torch.optim.AdamW(p.parameters(), betas=(0.0, 0.99), fused=True)
-                                for p in (model.discriminator, model.generator))
+                                for p in (model.discriminator, model.generator))  # no momentum
     ema = AveragedModel(model, multi_avg_fn=lambda *a: get_ema_multi_avg_fn(0.5 ** (20 / step))(*a))
     net, kept = ema.module.eval().requires_grad_(False), {}  # net is what we test, sample and keep
     parts = {"model": net, "ema": ema, "weights": model, "d": d_optimizer, "g": g_optimizer}
@@ -183,11 +183,11 @@ def main(argv=None, Model=GAN, epochs=20, batch_size=64, lr=4e-3):  # to suit Mo
     train_x, train_y, test_x, _ = (d[:cut] for d in load_mnist(args.data_dir, args.dataset, device))
     steps = len(train_x) // args.batch_size or parser.error("--batch-size exceeds the images")
     last, turns = args.epochs * steps, [(model.d_loss, d_optimizer), (model.g_loss, g_optimizer)]
-    if args.compile: model.generator.compile()  # not D: it cannot differentiate twice
+    if args.compile: model.generator.compile()  # not D: r1 has a second derivative
     print(f"{out}: epochs {len(log) + 1} to {args.epochs} of {steps} steps on {device}", flush=True)
     for epoch in range(len(log) + 1, args.epochs + 1):
         order = torch.randperm(len(train_x), generator=torch.manual_seed(args.seed << 20 | epoch))
-        total, start = 0, time.time()
+        total, start = 0, time.time()  # lr: up for 2 % of all steps, then straight down to 0
         for step, i in enumerate(order.split(args.batch_size)[:steps], (epoch - 1) * steps + 1):
             for loss_fn, optimizer in turns:
                 optimizer.param_groups[0]["lr"] = args.lr * min(50 * step, last + 1 - step) / last
@@ -196,12 +196,12 @@ def main(argv=None, Model=GAN, epochs=20, batch_size=64, lr=4e-3):  # to suit Mo
                 loss.backward(inputs=optimizer.param_groups[0]["params"])  # not the opponent
                 optimizer.step()
                 total += loss.detach()
-            ema.update_parameters(model)
+            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             if sys.stdout.isatty() and step % 10 == 0:
                 pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
                 print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"
                       f" | {pace * (last - step):.0f} s left  ", end="\r", flush=True)
-        train, seconds = float(total) / steps, time.time() - start
+        train, seconds = float(total) / steps, time.time() - start  # then test, at last by bound
         test = evaluate(amp(epoch == args.epochs and getattr(net, "bound", 0) or net.loss), test_x)
         log.append({"epoch": epoch, "seconds": seconds, "train_loss": train} | test)
         if not math.isfinite(sum(log[-1].values())): sys.exit(f"loss {train}: try a smaller --lr")
@@ -210,7 +210,7 @@ def main(argv=None, Model=GAN, epochs=20, batch_size=64, lr=4e-3):  # to suit Mo
         torch.save(state | {"config": config, "log": log}, buffer := io.BytesIO())
         (out / "model.pt.part").write_bytes(buffer.getvalue())
         os.replace(out / "model.pt.part", out / "model.pt")  # never a half-written model.pt
-        rows = [max(log, key=len), *(row.values() for row in log)]
+        rows = [max(log, key=len), *(row.values() for row in log)]  # names: of the longest row
         (out / "log.csv").write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n")
         figures = " ".join(f"{key} {value:.4g}" for key, value in test.items())
         print(f"epoch {epoch:3}/{args.epochs} | train loss {train:.4g} | test {figures} | "

@@ -1,6 +1,6 @@
-"""Gated PixelCNN: one stack of convolutions looks up, one looks left, and no pixel stays unseen.
+"""Gated PixelCNN: one stack of convolutions looks up, one looks left, and no blind spot.
 
-    python gatedcnn.py --epochs 2      # 19 minutes on one CPU core: test nll 83.46 nats (seed 0)
+    python gatedcnn.py --epochs 2      # 19 minutes on 1 CPU core: test nll 83.46 nats (seed 0)
 
 Van den Oord et al. 2016, arXiv:1606.05328; the sampler: Ramachandran et al. 2017, arXiv:1704.06001.
 Departures: a shift of the input instead of masks, embeddings of row and column, EMA.
@@ -9,11 +9,11 @@ Idea    A convolution sees all around a pixel, but a guess must rest on the pixe
         v looks up, h looks left, and v tells h. Training makes all 784 guesses in one pass;
         sampling takes 784 steps, which cost one pass: v runs once a row, and h once a pixel.
 Maths   log p(x) = sum_i log p(x_i | x_<i),  p(x_i = 1 | x_<i) = sigmoid(logits_i): exact, no bound
-            v v v v v     v reads the image moved down a row: at X, it knows all rows above, and
+            v v v v v     v reads the image moved down a row: at X, it knows rows above alone, so
             h h X         its kernels need no mask. h reads it moved right: it knows what is left.
-        No blind spot, unlike pixelcnn.py: X is guessed from all of #. For v widens in each layer,
-            # # # # # # # # # # # # # #     but moved down once and for all. If it moved in each
-            # # # # # X                     layer, it could go right only on its way up.
+        No blind spot, unlike pixelcnn.py: X is guessed from all of #, 12 rows up and 11 pixels
+            # # # # # # # # # # # # # #     aside. v widens in each layer, but moves down only
+            # # # # # X                     once: moved in each, it could go right only going up.
 Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
         drawn anew each time; v, h (B, 28, 28, channels), channels last for the linear layers.
 Units   nll: nats/image, sum over pixels, mean over images; bpd = nll / (784 log 2): bits a pixel.
@@ -46,15 +46,15 @@ class GatedBlock(nn.Module):
         self.tell = nn.Linear(2 * channels, 2 * channels)
         self.out, self.skip = nn.Linear(channels, channels), nn.Linear(channels, channels)
 
-    def gate(self, pair):  # (..., 2 C) -> (..., C)
-        value, gate = pair.unflatten(-1, (2, -1)).movedim(-2, 0).contiguous()
+    def gate(self, pair):  # (..., 2 C) -> (..., C): values, let through by as many gates
+        value, gate = pair.unflatten(-1, (2, -1)).movedim(-2, 0).contiguous()  # faster than chunk
         return value.tanh() * gate.sigmoid()
 
     def up(self, seen):  # v and its edge on three sides -> the next v, and what h is told
         pair = self.vertical(seen.movedim(3, 1)).movedim(1, 3)
         return self.gate(pair), self.tell(pair)
 
-    def left(self, h, skips, told, seen):  # seen: h and its edge on the left
+    def left(self, h, skips, told, seen):  # seen: h and its edge on the left; skips: for the head
         mix = self.gate(self.horizontal(seen.movedim(3, 1)).movedim(1, 3) + told)
         return h + self.out(mix), skips + self.skip(mix)
 
@@ -65,7 +65,7 @@ class GatedPixelCNN(nn.Module):
     def __init__(self, *, channels=32, n_layer=4, kernel=5, size=28, n_classes=10):
         super().__init__()
         self.size, self.n_classes, self.kernel = size, n_classes, kernel
-        self.up, self.left = nn.Conv2d(1, channels, (4, 7)), nn.Conv2d(1, channels, (1, 3))
+        self.to_v, self.to_h = nn.Conv2d(1, channels, (4, 7)), nn.Conv2d(1, channels, (1, 3))
         self.tell, self.head = nn.Linear(channels, channels), nn.Linear(channels, 1)
         self.row = nn.Parameter(0.02 * torch.randn(size, 1, channels))
         self.col = nn.Parameter(0.02 * torch.randn(1, size, channels))
@@ -74,16 +74,16 @@ class GatedPixelCNN(nn.Module):
         self.blocks = nn.ModuleList(GatedBlock(channels, kernel) for _ in range(n_layer))
 
     def embed(self, x, y):
-        """y (B,) labels, or None for "no label" -> (B, n_embd), on the device of x (B, ...)."""
+        """y (B,) labels, or None for "no label" -> a vector each (B, ...), on the device of x."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
 
-    def forward(self, x, y=None):
+    def forward(self, x, y=None):  # x (B, 1, H, W) in {0, 1} -> logits (B, 1, H, W)
         place, p = self.row + self.col + self.embed(x, y)[:, None, None], self.kernel // 2
-        v = self.up(F.pad(x, (3, 3, 4, -1))).movedim(1, 3)  # of the rows above, (B, H, W, channels)
+        v = self.to_v(F.pad(x, (3, 3, 4, -1))).movedim(1, 3)  # the rows above, (B, H, W, channels)
         v = v + place.type_as(v)
-        h, skips = self.left(F.pad(x, (3, -1))).movedim(1, 3) + self.tell(v), 0
+        h, skips = self.to_h(F.pad(x, (3, -1))).movedim(1, 3) + self.tell(v), 0
         for block in self.blocks:
             v, told = block.up(F.pad(v, (0, 0, p, p, p, 0)))
             h, skips = block.left(h, skips, told, F.pad(h, (0, 0, p, 0)))
@@ -94,24 +94,24 @@ class GatedPixelCNN(nn.Module):
         place, p = self.row + self.col + self.embed(x, y)[:, None, None], self.kernel // 2
         vs, hs = ([F.pad(0 * place, (0, 0, p, p, p, 0)) for _ in self.blocks] for _ in "vh")
         for r in range(self.size):  # the rows above are drawn
-            v = self.up(F.pad(x, (3, 3, 4, 0))[:, :, r : r + 4]).movedim(1, 3) + place[:, r, None]
+            v = self.to_v(F.pad(x, (3, 3, 4, 0))[:, :, r : r + 4]).movedim(1, 3) + place[:, r, None]
             tells = [self.tell(v)]  # v (B, 1, W, channels)
             for block, seen in zip(self.blocks, vs):
                 seen[:, p + r, p:-p] = v[:, 0]
                 v, told = block.up(seen[:, r : r + p + 1])
                 tells.append(told)
             for c in range(self.size):
-                h = self.left(F.pad(x, (3, 0))[:, :, r, None, c : c + 3]).movedim(1, 3)
+                h = self.to_h(F.pad(x, (3, 0))[:, :, r, None, c : c + 3]).movedim(1, 3)
                 h, skips = h + tells[0][:, :, c, None], 0  # (B, 1, 1, channels)
                 for block, seen, told in zip(self.blocks, hs, tells[1:]):
-                    seen[:, :1, p + c] = h[:, :, 0]  # of h, one row at a time is enough
+                    seen[:, :1, p + c] = h[:, :, 0]  # the first row of hs serves all r
                     h, skips = block.left(h, skips, told[:, :, c, None], seen[:, :1, c : c + p + 1])
                 yield self.head((h + skips).relu()).flatten().float()
 
     def loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
         x = torch.bernoulli(x)
-        if y is not None and self.training:  # hide 1 label in 10: one model for both uses
+        if y is not None and self.training:  # hide 1 label in 10: one model with and without them
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         nll = F.binary_cross_entropy_with_logits(self(x, y), x, reduction="sum") / len(x)
         return nll, {"nll": nll, "bpd": nll / (x[0].numel() * math.log(2))}
@@ -137,7 +137,7 @@ class GatedPixelCNN(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images -> sampling, a frame each half row (57, 20, 1, H, W); completion:
         10 images, their upper halves, and 4 draws of each lower half (60, 1, H, W); field: how
-        much the guess of the middle pixel depends on each other, black: not (1, 1, 8 H, 8 W)."""
+        much the guess of the middle pixel depends on each pixel, black: not (1, 1, 8 H, 8 W)."""
         x, half = torch.bernoulli(x[:10]), self.size // 2
         order = torch.arange(self.size**2, device=x.device).view(self.size, -1)
         top, drawn = x[:, :, :half].repeat(4, 1, 1, 1), self.sample(20)
@@ -171,7 +171,7 @@ def main(argv=None, Model=GatedPixelCNN, epochs=20, batch_size=64, lr=1e-2):  # 
     flag("--data-dir", default="data", help="folder of the data sets (default %(default)s)")
     flag("--out-dir", default=f"out/{Path(__file__).stem}", help="for output (default %(default)s)")
     flag("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
-    flag("--compile", action="store_true", help="torch.compile the loss: slow start, faster steps")
+    flag("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
     flag("--resume", action="store_true", help="go on from model.pt; repeat the other flags")
     flag("--sample", type=int, metavar="N", help="do not train: N samples of model.pt")
     flag("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
@@ -207,7 +207,7 @@ def main(argv=None, Model=GatedPixelCNN, epochs=20, batch_size=64, lr=1e-2):  # 
     print(f"{out}: epochs {len(log) + 1} to {args.epochs} of {steps} steps on {device}", flush=True)
     for epoch in range(len(log) + 1, args.epochs + 1):
         order = torch.randperm(len(train_x), generator=torch.manual_seed(args.seed << 20 | epoch))
-        total, start = 0, time.time()
+        total, start = 0, time.time()  # lr: up for 2 % of all steps, then straight down to 0
         for step, i in enumerate(order.split(args.batch_size)[:steps], (epoch - 1) * steps + 1):
             optimizer.param_groups[0]["lr"] = args.lr * min(50 * step, last + 1 - step) / last
             loss, _ = amp(loss_fn)(train_x[i] / 255, train_y[i] if args.class_cond else None)
@@ -215,13 +215,13 @@ def main(argv=None, Model=GatedPixelCNN, epochs=20, batch_size=64, lr=1e-2):  # 
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            ema.update_parameters(model)
+            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             total += loss.detach()
             if sys.stdout.isatty() and step % 10 == 0:
                 pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
                 print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"
                       f" | {pace * (last - step):.0f} s left  ", end="\r", flush=True)
-        train, seconds = float(total) / steps, time.time() - start
+        train, seconds = float(total) / steps, time.time() - start  # then test, at last by bound
         test = evaluate(amp(epoch == args.epochs and getattr(net, "bound", 0) or net.loss), test_x)
         log.append({"epoch": epoch, "seconds": seconds, "train_loss": train} | test)
         if not math.isfinite(sum(log[-1].values())): sys.exit(f"loss {train}: try a smaller --lr")
@@ -230,7 +230,7 @@ def main(argv=None, Model=GatedPixelCNN, epochs=20, batch_size=64, lr=1e-2):  # 
         torch.save(state | {"config": config, "log": log}, buffer := io.BytesIO())
         (out / "model.pt.part").write_bytes(buffer.getvalue())
         os.replace(out / "model.pt.part", out / "model.pt")  # never a half-written model.pt
-        rows = [max(log, key=len), *(row.values() for row in log)]
+        rows = [max(log, key=len), *(row.values() for row in log)]  # names: of the longest row
         (out / "log.csv").write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n")
         figures = " ".join(f"{key} {value:.4g}" for key, value in test.items())
         print(f"epoch {epoch:3}/{args.epochs} | train loss {train:.4g} | test {figures} | "

@@ -1,9 +1,9 @@
 """MADE: one plain network over all pixels, masked so that guess i sees only the pixels before i.
 
-    python made.py --epochs 5      # 3 minutes on one CPU core: test nll 87.64 nats (seed 0)
+    python made.py --epochs 5      # 3 minutes on 1 CPU core: test nll 87.64 nats (seed 0)
 
 Germain et al. 2015, arXiv:1502.03509; residual blocks: Nash and Durkan 2019, arXiv:1904.05626.
-Departures: a single order, sorted degrees, a sampler with the arithmetic of a single pass.
+Departures: a single order, sorted degrees, a sampler with the arithmetic of a single pass; EMA.
 
 Idea    A network from 784 pixels to 784 guesses is no model of images as long as guess i can see
         pixel i. So give each hidden unit a degree m, let it see only pixels 0 to m - 1, and let
@@ -12,8 +12,8 @@ Idea    A network from 784 pixels to 784 guesses is no model of images as long a
 Maths   log p(x) = sum_i log p(x_i | x_<i),  p(x_i = 1 | x_<i) = sigmoid(logits_i): exact, no bound
         One rule masks all layers: k sees j if degree j <= degree k, where pixel i has degree i + 1
         as an input and i as an output. Equal degrees before and after: a block may add to h.
-        The degrees are spread evenly over 1..783. Drawn at random, 1568 of them miss 1 in 7, and
-        those outputs hear of their left neighbour through the weights of `direct` alone.
+        The degrees are spread evenly over 1..783. At random, 1568 units miss 1 degree in 7, and
+        the output of that degree hears of its left neighbour through `direct` alone.
         They are sorted, too: once pixel i - 1 is drawn, the units of degree i are final, and they
         are a slice. So a step of the sampler computes a slice of each layer, and nothing twice.
 Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
@@ -49,7 +49,7 @@ class MaskedLinear(nn.Linear):
         return F.linear(x, self.weight * self.mask, self.bias)
 
     def part(self, x, rows):
-        """The outputs `rows` of one degree; x (B, K): the first K inputs, just what they see."""
+        """The outputs `rows` (a slice) from x (B, K): all inputs they may see are the first K."""
         return F.linear(x, self.weight[rows, : x.shape[1]], self.bias[rows])
 
 
@@ -60,10 +60,10 @@ class MADE(nn.Module):
         super().__init__()
         self.size, self.n_classes, pixel = size, n_classes, torch.arange(size**2)
         degree = 1 + torch.arange(hidden) * (len(pixel) - 1) // hidden  # 1, 1, 1, 2, 2, 3, ...
-        self.ends = (degree <= pixel[:, None]).sum(1).tolist()  # number of units of degree 0..i
+        self.ends = (degree <= pixel[:, None]).sum(1).tolist()  # number of units of degree <= i
         self.label = nn.Embedding(n_classes + 1, hidden)  # the last entry is "no label"
         nn.init.zeros_(self.label.weight)
-        self.inp, self.head = MaskedLinear(pixel + 1, degree), MaskedLinear(degree, pixel)
+        self.stem, self.head = MaskedLinear(pixel + 1, degree), MaskedLinear(degree, pixel)
         self.direct = MaskedLinear(pixel + 1, pixel)
         self.blocks = nn.ModuleList()
         for _ in range(n_layer):
@@ -72,14 +72,14 @@ class MADE(nn.Module):
             self.blocks.append(nn.Sequential(nn.ReLU(), first, nn.ReLU(), last))
 
     def embed(self, x, y):
-        """y (B,) labels, or None for "no label" -> (B, n_embd), on the device of x (B, ...)."""
+        """y (B,) labels, or None for "no label" -> a vector each (B, ...), on the device of x."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
 
-    def forward(self, x, y=None):
+    def forward(self, x, y=None):  # x (B, 1, H, W) in {0, 1} -> logits (B, 1, H, W)
         pixels = x.flatten(1)  # (B, H * W)
-        h = self.inp(pixels) + self.embed(x, y)  # (B, hidden)
+        h = self.stem(pixels) + self.embed(x, y)  # (B, hidden)
         for block in self.blocks:
             h = h + block(h)
         return (self.direct(pixels) + self.head(h.relu())).view_as(x).float()
@@ -87,10 +87,10 @@ class MADE(nn.Module):
     def scan(self, x, y):
         """Yields the logits (B,) of each pixel in order; the caller then writes it into x."""
         label, start = self.embed(x, y), 0
-        units = label.new_empty(2 * len(self.blocks) + 1, *label.shape)  # what the layers read
+        units = label.new_empty(2 * len(self.blocks) + 1, *label.shape)  # each later layer's input
         for i, end in enumerate(self.ends):
             pixels, new = x.flatten(1)[:, :i], slice(start, end)  # new: the units of degree i
-            h = self.inp.part(pixels, new) + label[:, new]
+            h = self.stem.part(pixels, new) + label[:, new]
             for block, a, b in zip(self.blocks, units[::2], units[1::2]):
                 a[:, new] = h.relu()
                 b[:, new] = block[1].part(a[:, :end], new).relu()
@@ -103,7 +103,7 @@ class MADE(nn.Module):
     def loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
         x = torch.bernoulli(x)
-        if y is not None and self.training:  # hide 1 label in 10: one model for both uses
+        if y is not None and self.training:  # hide 1 label in 10: one model with and without them
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         nll = F.binary_cross_entropy_with_logits(self(x, y), x, reduction="sum") / len(x)
         return nll, {"nll": nll, "bpd": nll / (x[0].numel() * math.log(2))}
@@ -160,7 +160,7 @@ def main(argv=None, Model=MADE, epochs=20, batch_size=128, lr=5e-3):  # to suit 
     flag("--data-dir", default="data", help="folder of the data sets (default %(default)s)")
     flag("--out-dir", default=f"out/{Path(__file__).stem}", help="for output (default %(default)s)")
     flag("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
-    flag("--compile", action="store_true", help="torch.compile the loss: slow start, faster steps")
+    flag("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
     flag("--resume", action="store_true", help="go on from model.pt; repeat the other flags")
     flag("--sample", type=int, metavar="N", help="do not train: N samples of model.pt")
     flag("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
@@ -196,7 +196,7 @@ def main(argv=None, Model=MADE, epochs=20, batch_size=128, lr=5e-3):  # to suit 
     print(f"{out}: epochs {len(log) + 1} to {args.epochs} of {steps} steps on {device}", flush=True)
     for epoch in range(len(log) + 1, args.epochs + 1):
         order = torch.randperm(len(train_x), generator=torch.manual_seed(args.seed << 20 | epoch))
-        total, start = 0, time.time()
+        total, start = 0, time.time()  # lr: up for 2 % of all steps, then straight down to 0
         for step, i in enumerate(order.split(args.batch_size)[:steps], (epoch - 1) * steps + 1):
             optimizer.param_groups[0]["lr"] = args.lr * min(50 * step, last + 1 - step) / last
             loss, _ = amp(loss_fn)(train_x[i] / 255, train_y[i] if args.class_cond else None)
@@ -204,13 +204,13 @@ def main(argv=None, Model=MADE, epochs=20, batch_size=128, lr=5e-3):  # to suit 
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            ema.update_parameters(model)
+            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             total += loss.detach()
             if sys.stdout.isatty() and step % 10 == 0:
                 pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
                 print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"
                       f" | {pace * (last - step):.0f} s left  ", end="\r", flush=True)
-        train, seconds = float(total) / steps, time.time() - start
+        train, seconds = float(total) / steps, time.time() - start  # then test, at last by bound
         test = evaluate(amp(epoch == args.epochs and getattr(net, "bound", 0) or net.loss), test_x)
         log.append({"epoch": epoch, "seconds": seconds, "train_loss": train} | test)
         if not math.isfinite(sum(log[-1].values())): sys.exit(f"loss {train}: try a smaller --lr")
@@ -219,7 +219,7 @@ def main(argv=None, Model=MADE, epochs=20, batch_size=128, lr=5e-3):  # to suit 
         torch.save(state | {"config": config, "log": log}, buffer := io.BytesIO())
         (out / "model.pt.part").write_bytes(buffer.getvalue())
         os.replace(out / "model.pt.part", out / "model.pt")  # never a half-written model.pt
-        rows = [max(log, key=len), *(row.values() for row in log)]
+        rows = [max(log, key=len), *(row.values() for row in log)]  # names: of the longest row
         (out / "log.csv").write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n")
         figures = " ".join(f"{key} {value:.4g}" for key, value in test.items())
         print(f"epoch {epoch:3}/{args.epochs} | train loss {train:.4g} | test {figures} | "

@@ -1,20 +1,20 @@
 """PixelCNN: guess each pixel from a window of those before it, with masked convolutions.
 
-    python pixelcnn.py --epochs 3      # 20 minutes on one CPU core: test nll 84.06 nats (seed 0)
+    python pixelcnn.py --epochs 3      # 20 minutes on 1 CPU core: test nll 84.06 nats (seed 0)
 
 Van den Oord et al. 2016, arXiv:1601.06759; the sampler: Ramachandran et al. 2017, arXiv:1704.06001.
 Departures: kernels without rows below the centre, embeddings of row and column, EMA.
 
 Idea    A convolution sees all around a pixel, but a guess must rest on the pixels before it alone:
         a mask hides the others. Training makes all 784 guesses in one pass; sampling takes 784
-        steps, each a 784th of a pass, as a new pixel changes just one patch in each layer.
+        steps, each a 784th of a pass: one place a layer, from the patch around it, kept for later.
 Maths   log p(x) = sum_i log p(x_i | x_<i),  p(x_i = 1 | x_<i) = sigmoid(logits_i): exact, no bound
             1 1 1     The mask of a 3 x 3 kernel. A: no guess may see its own pixel, so in the first
             1 m 0     layer m is 0. B: later layers see features made of earlier pixels: m is 1.
-        Blind spot: the way to the right leads up. X is guessed from #, never from any . below:
-            # # # # # # # # # # # . . .     a rows up, the last to count is 2 a + 1
-            # # # # # # # # # . . . . .     to the right: 3 from the 7 x 7 kernel of the first
-            # # # # # X                     layer, 2 from each 5 x 5. gatedcnn.py mends it.
+        Blind spot: only a step up can go right. X is guessed from #, never from a dot. In the row
+            # # # # # # # # # # # . . .     a above X, the last # is 2 a + 1 to the right: 3 from
+            # # # # # # # # # . . . . .     the 7 x 7 kernel of the first layer, 2 from each
+            # # # # # X                     5 x 5; 15 at most, as to all sides. See gatedcnn.py.
 Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
         drawn anew each time; h (B, 28, 28, 2 * channels), channels last for the linear layers.
 Units   nll: nats/image, sum over pixels, mean over images; bpd = nll / (784 log 2): bits a pixel.
@@ -51,7 +51,7 @@ class MaskedConv2d(nn.Conv2d):
 
 
 class Bottleneck(nn.Module):
-    """h + a masked convolution on half of its channels, between two linear layers."""
+    """h + a masked convolution on half as many channels, between two linear layers."""
 
     def __init__(self, channels, k):
         super().__init__()
@@ -63,7 +63,7 @@ class Bottleneck(nn.Module):
         x, p = self.squeeze(h.relu()).relu(), self.conv.mask.shape[1] // 2
         if seen is None:
             seen = F.pad(x, (0, 0, p, p, p, 0))
-        else:  # h (B, 1, 1, 2 * channels) is one pixel, and seen all that its kernel covers
+        else:  # h (B, 1, 1, 2 * channels): one pixel, to be noted in seen, what its kernel covers
             seen[:, -1, p] = x[:, 0, 0]
         return h + self.expand(self.conv(seen).relu())
 
@@ -82,12 +82,12 @@ class PixelCNN(nn.Module):
         self.blocks = nn.ModuleList(Bottleneck(channels, kernel) for _ in range(n_layer))
 
     def embed(self, x, y):
-        """y (B,) labels, or None for "no label" -> (B, n_embd), on the device of x (B, ...)."""
+        """y (B,) labels, or None for "no label" -> a vector each (B, ...), on the device of x."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
 
-    def forward(self, x, y=None):
+    def forward(self, x, y=None):  # x (B, 1, H, W) in {0, 1} -> logits (B, 1, H, W)
         h = self.stem(F.pad(x, (3, 3, 3, 0)).movedim(1, 3))  # (B, H, W, 2 * channels)
         h = h + (self.row + self.col + self.embed(x, y)[:, None, None]).type_as(h)
         for block in self.blocks:
@@ -97,7 +97,7 @@ class PixelCNN(nn.Module):
     def scan(self, x, y):
         """Yields the logits (B,) of each pixel in order; the caller then writes it into x."""
         place, p = self.row + self.col + self.embed(x, y)[:, None, None], self.kernel // 2
-        inputs = [F.pad(0 * place[..., ::2], (0, 0, p, p, p, 0)) for _ in self.blocks]  # still zero
+        inputs = [F.pad(0 * place[..., ::2], (0, 0, p, p, p, 0)) for _ in self.blocks]  # C channels
         for i in range(x[0].numel()):
             r, c = divmod(i, self.size)
             image = F.pad(x, (3, 3, 3, 0)).movedim(1, 3)
@@ -109,7 +109,7 @@ class PixelCNN(nn.Module):
     def loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
         x = torch.bernoulli(x)
-        if y is not None and self.training:  # hide 1 label in 10: one model for both uses
+        if y is not None and self.training:  # hide 1 label in 10: one model with and without them
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         nll = F.binary_cross_entropy_with_logits(self(x, y), x, reduction="sum") / len(x)
         return nll, {"nll": nll, "bpd": nll / (x[0].numel() * math.log(2))}
@@ -135,7 +135,7 @@ class PixelCNN(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images -> sampling, a frame each half row (57, 20, 1, H, W); completion:
         10 images, their upper halves, and 4 draws of each lower half (60, 1, H, W); field: how
-        much the guess of the middle pixel depends on each other, black: not (1, 1, 8 H, 8 W)."""
+        much the guess of the middle pixel depends on each pixel, black: not (1, 1, 8 H, 8 W)."""
         x, half = torch.bernoulli(x[:10]), self.size // 2
         order = torch.arange(self.size**2, device=x.device).view(self.size, -1)
         top, drawn = x[:, :, :half].repeat(4, 1, 1, 1), self.sample(20)
@@ -169,7 +169,7 @@ def main(argv=None, Model=PixelCNN, epochs=20, batch_size=64, lr=1e-2):  # to su
     flag("--data-dir", default="data", help="folder of the data sets (default %(default)s)")
     flag("--out-dir", default=f"out/{Path(__file__).stem}", help="for output (default %(default)s)")
     flag("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
-    flag("--compile", action="store_true", help="torch.compile the loss: slow start, faster steps")
+    flag("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
     flag("--resume", action="store_true", help="go on from model.pt; repeat the other flags")
     flag("--sample", type=int, metavar="N", help="do not train: N samples of model.pt")
     flag("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
@@ -205,7 +205,7 @@ def main(argv=None, Model=PixelCNN, epochs=20, batch_size=64, lr=1e-2):  # to su
     print(f"{out}: epochs {len(log) + 1} to {args.epochs} of {steps} steps on {device}", flush=True)
     for epoch in range(len(log) + 1, args.epochs + 1):
         order = torch.randperm(len(train_x), generator=torch.manual_seed(args.seed << 20 | epoch))
-        total, start = 0, time.time()
+        total, start = 0, time.time()  # lr: up for 2 % of all steps, then straight down to 0
         for step, i in enumerate(order.split(args.batch_size)[:steps], (epoch - 1) * steps + 1):
             optimizer.param_groups[0]["lr"] = args.lr * min(50 * step, last + 1 - step) / last
             loss, _ = amp(loss_fn)(train_x[i] / 255, train_y[i] if args.class_cond else None)
@@ -213,13 +213,13 @@ def main(argv=None, Model=PixelCNN, epochs=20, batch_size=64, lr=1e-2):  # to su
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            ema.update_parameters(model)
+            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             total += loss.detach()
             if sys.stdout.isatty() and step % 10 == 0:
                 pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
                 print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"
                       f" | {pace * (last - step):.0f} s left  ", end="\r", flush=True)
-        train, seconds = float(total) / steps, time.time() - start
+        train, seconds = float(total) / steps, time.time() - start  # then test, at last by bound
         test = evaluate(amp(epoch == args.epochs and getattr(net, "bound", 0) or net.loss), test_x)
         log.append({"epoch": epoch, "seconds": seconds, "train_loss": train} | test)
         if not math.isfinite(sum(log[-1].values())): sys.exit(f"loss {train}: try a smaller --lr")
@@ -228,7 +228,7 @@ def main(argv=None, Model=PixelCNN, epochs=20, batch_size=64, lr=1e-2):  # to su
         torch.save(state | {"config": config, "log": log}, buffer := io.BytesIO())
         (out / "model.pt.part").write_bytes(buffer.getvalue())
         os.replace(out / "model.pt.part", out / "model.pt")  # never a half-written model.pt
-        rows = [max(log, key=len), *(row.values() for row in log)]
+        rows = [max(log, key=len), *(row.values() for row in log)]  # names: of the longest row
         (out / "log.csv").write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n")
         figures = " ".join(f"{key} {value:.4g}" for key, value in test.items())
         print(f"epoch {epoch:3}/{args.epochs} | train loss {train:.4g} | test {figures} | "

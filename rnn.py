@@ -1,10 +1,10 @@
 """PixelRNN: an LSTM reads an image pixel by pixel and guesses the next one.
 
-    python rnn.py --epochs 1      # 14 minutes on one CPU core: test nll 84.72 nats (seed 0)
+    python rnn.py --epochs 1      # 14 minutes on 1 CPU core: test nll 84.72 nats (seed 0)
 
 Van den Oord et al. 2016, arXiv:1601.06759; LSTM: Hochreiter and Schmidhuber 1997. Departures: an
-LSTM along the raster order instead of one by rows or diagonals, layer norms, and a convolution
-at the input that shows the rows above.
+LSTM along the raster order instead of one by rows or diagonals, layer norms, embeddings of row and
+column, EMA of the weights, and a convolution at the input that shows the rows above.
 
 Idea    Read the pixels row by row, and keep notes of fixed size on all that was seen: c; h is the
         part of c that matters now. From h guess the next pixel. Training knows the image and makes
@@ -55,22 +55,22 @@ class PixelRNN(nn.Module):
         self.head = nn.Linear(n_embd, 1)
 
     def embed(self, x, y):
-        """y (B,) labels, or None for "no label" -> (B, n_embd), on the device of x (B, ...)."""
+        """y (B,) labels, or None for "no label" -> a vector each (B, ...), on the device of x."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
 
     def run(self, x, start, end, y, states):
-        """Logits (B, T) of pixels start to end - 1, each computed from those before it in x."""
+        """Logits (B, T) of pixels start to end - 1, each from those before it; updates states."""
         past = F.pad(x.flatten(2), (self.reach, 0))[..., start : end - 1 + self.reach]
         place = (self.row + self.col).flatten(0, 1)[start:end]  # (T, n_embd)
         h = self.stem(past).transpose(1, 2) + place + self.embed(x, y)[:, None]  # (B, T, n_embd)
         for n, layer in enumerate(self.layers):
-            out, states[n] = layer(F.layer_norm(h, h.shape[-1:]), states[n])
+            out, states[n] = layer(F.layer_norm(h, h.shape[-1:]), states[n])  # out: all h_i
             h = h + out
         return self.head(F.layer_norm(h, h.shape[-1:]))[..., 0].float()
 
-    def forward(self, x, y=None):
+    def forward(self, x, y=None):  # x (B, 1, H, W) in {0, 1} -> logits (B, 1, H, W)
         return self.run(x, 0, x[0].numel(), y, [None] * len(self.layers)).view_as(x)
 
     def scan(self, x, y):
@@ -82,7 +82,7 @@ class PixelRNN(nn.Module):
     def loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
         x = torch.bernoulli(x)
-        if y is not None and self.training:  # hide 1 label in 10: one model for both uses
+        if y is not None and self.training:  # hide 1 label in 10: one model with and without them
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         nll = F.binary_cross_entropy_with_logits(self(x, y), x, reduction="sum") / len(x)
         return nll, {"nll": nll, "bpd": nll / (x[0].numel() * math.log(2))}
@@ -139,7 +139,7 @@ def main(argv=None, Model=PixelRNN, epochs=10, batch_size=64, lr=5e-3):  # to su
     flag("--data-dir", default="data", help="folder of the data sets (default %(default)s)")
     flag("--out-dir", default=f"out/{Path(__file__).stem}", help="for output (default %(default)s)")
     flag("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
-    flag("--compile", action="store_true", help="torch.compile the loss: slow start, faster steps")
+    flag("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
     flag("--resume", action="store_true", help="go on from model.pt; repeat the other flags")
     flag("--sample", type=int, metavar="N", help="do not train: N samples of model.pt")
     flag("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
@@ -175,7 +175,7 @@ def main(argv=None, Model=PixelRNN, epochs=10, batch_size=64, lr=5e-3):  # to su
     print(f"{out}: epochs {len(log) + 1} to {args.epochs} of {steps} steps on {device}", flush=True)
     for epoch in range(len(log) + 1, args.epochs + 1):
         order = torch.randperm(len(train_x), generator=torch.manual_seed(args.seed << 20 | epoch))
-        total, start = 0, time.time()
+        total, start = 0, time.time()  # lr: up for 2 % of all steps, then straight down to 0
         for step, i in enumerate(order.split(args.batch_size)[:steps], (epoch - 1) * steps + 1):
             optimizer.param_groups[0]["lr"] = args.lr * min(50 * step, last + 1 - step) / last
             loss, _ = amp(loss_fn)(train_x[i] / 255, train_y[i] if args.class_cond else None)
@@ -183,13 +183,13 @@ def main(argv=None, Model=PixelRNN, epochs=10, batch_size=64, lr=5e-3):  # to su
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            ema.update_parameters(model)
+            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             total += loss.detach()
             if sys.stdout.isatty() and step % 10 == 0:
                 pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
                 print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"
                       f" | {pace * (last - step):.0f} s left  ", end="\r", flush=True)
-        train, seconds = float(total) / steps, time.time() - start
+        train, seconds = float(total) / steps, time.time() - start  # then test, at last by bound
         test = evaluate(amp(epoch == args.epochs and getattr(net, "bound", 0) or net.loss), test_x)
         log.append({"epoch": epoch, "seconds": seconds, "train_loss": train} | test)
         if not math.isfinite(sum(log[-1].values())): sys.exit(f"loss {train}: try a smaller --lr")
@@ -198,7 +198,7 @@ def main(argv=None, Model=PixelRNN, epochs=10, batch_size=64, lr=5e-3):  # to su
         torch.save(state | {"config": config, "log": log}, buffer := io.BytesIO())
         (out / "model.pt.part").write_bytes(buffer.getvalue())
         os.replace(out / "model.pt.part", out / "model.pt")  # never a half-written model.pt
-        rows = [max(log, key=len), *(row.values() for row in log)]
+        rows = [max(log, key=len), *(row.values() for row in log)]  # names: of the longest row
         (out / "log.csv").write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n")
         figures = " ".join(f"{key} {value:.4g}" for key, value in test.items())
         print(f"epoch {epoch:3}/{args.epochs} | train loss {train:.4g} | test {figures} | "

@@ -144,7 +144,7 @@ def test_readme_commands(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "load_mnist", lambda *_: IMAGES)  # FashionMNIST needs a network
     for name, args in commands:
-        if name in AUTOREGRESSIVE and re.fullmatch(r" --epochs \d+\s*", args):
+        if name != "diffusion" and re.fullmatch(r" --epochs \d+\s*", args):
             continue  # slow, and test_dry_run... runs just these
         args = [*shlex.split(args), "--dry-run"]
         if "--sample" not in args:
@@ -988,3 +988,87 @@ def test_save_images_refuses_and_keeps(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         common.save_images(torch.ones(1, 1, 8, 8), tmp_path / "grid")
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["grid.png"]
+
+
+# ------------------------------------------------------------------ bench/
+def bench(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module(name)
+
+
+def test_bench_distances_know_the_answer(monkeypatch):
+    compare = bench("compare", monkeypatch)
+    a, b = torch.randn(300, 4).double() @ torch.randn(4, 4).double(), torch.randn(200, 4).double()
+    # of Gaussians whose covariances commute: |mean difference|^2 + tr (root a - root b)^2
+    expected = (a.mean(0) + 3).square().sum() + a.T.cov().trace()
+    assert abs(compare.frechet(a, 2 * a + 3) / expected - 1) < 1e-9
+    assert abs(compare.frechet(a, a)) < 1e-9
+    kernel = lambda x, y: ((x @ y).item() / 4 + 1) ** 3
+    inside = [[kernel(p, q) for i, p in enumerate(s) for j, q in enumerate(s) if i != j]
+              for s in (a[:20], b[:10])]  # fmt: skip
+    between = [kernel(p, q) for p in a[:20] for q in b[:10]]
+    mean = lambda values: sum(values) / len(values)
+    expected = mean(inside[0]) + mean(inside[1]) - 2 * mean(between)
+    assert abs(compare.kid(a[:20], b[:10]) / expected - 1) < 1e-9
+    a, b = a[:20], b[:20]
+    near = [any((p - q).norm() < sorted((q - o).norm() for o in b)[3] for q in b) for p in a]
+    assert 0.1 < mean(near) < 1 and compare.among(a, b) == mean(near)
+
+
+def test_bench_compare_fills_the_readme_and_goes_on(monkeypatch, tmp_path, capsys):
+    compare = bench("compare", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "SCRIPTS", ["vqvae", "gan"])
+    cut = [d[:n] for d, n in zip(IMAGES, (300, 300, 200, 200))]
+    monkeypatch.setattr(compare, "load_mnist", lambda *_, **__: cut)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{compare.START}old\n{compare.END}after\n")
+    with pytest.raises(SystemExit, match="no out/vqvae/model.pt"):
+        compare.main(["--readme", str(readme)])
+    for folder, n_classes in (("vqvae", 0), ("gan", 0), ("gan-labels", 10)):
+        name = folder.split("-")[0]
+        model = tiny(name, n_classes=n_classes)
+        config = type(model).__init__.__kwdefaults__ | SCRIPTS[name][0]
+        log = [{"seconds": 2.0}, {"seconds": 3.0}, {"seconds": 9.0}]
+        Path("out", folder).mkdir(parents=True)
+        state = {"model": model.state_dict(), "config": config | {"n_classes": n_classes}}
+        torch.save(state | {"log": log}, f"out/{folder}/model.pt")
+        for name in ("samples", "samples_0001", "samples_0002", "samples_0003"):
+            common.save_images(model.eval().sample(10), f"out/{folder}/{name}")
+    compare.main(["--readme", str(readme), "--samples", "100"])
+    text = readme.read_text()
+    assert text.startswith("before\n" + compare.START) and text.endswith(compare.END + "after\n")
+    rows = [line.split(" | ") for line in text.split("\n") if line.startswith("| ")]
+    assert [len(row) for row in rows] == [14] * 5  # the names, two sorts of data, two models
+    assert rows[1][8] == rows[2][8] == "1" and float(rows[4][8]) > 10  # ratios
+    assert rows[4][13].endswith("% |") and "%" not in rows[3][13] and rows[3][2:4] == ["3", "3"]
+    with Image.open("assets/samples.png") as samples, Image.open("assets/progress.gif") as progress:
+        assert samples.size == (374, 92) and progress.n_frames > 1 and progress.format == "GIF"
+    assert Path("assets/codes.gif").stat().st_size < 1_000_000
+    monkeypatch.setattr(compare, "measure", None)  # all is kept
+    compare.main(["--readme", str(readme), "--samples", "100"])
+    assert readme.read_text() == text
+
+
+def test_bench_train_all_plans_and_goes_on(monkeypatch, tmp_path):
+    train_all, ran = bench("train_all", monkeypatch), []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_all, "seconds_an_epoch", lambda script: 50)
+
+    def run(command):
+        ran.append([Path(command[1]).name, *command[2:]])
+        return subprocess.CompletedProcess(command, 1 if len(ran) == 2 else 0)
+
+    monkeypatch.setattr(train_all.subprocess, "run", run)
+    flags = ["--minutes", "5", "--scripts", "vae", "gan"]
+    with pytest.raises(SystemExit, match="gan.py stopped"):
+        train_all.main(flags)
+    planned = [[f"{n}.py", "--epochs", "2", "--out-dir", f"out/{n}"] for n in ("vae", "gan")]
+    assert ran == planned  # two of 50 s fit into 135 s
+    for name, n in (("vae", 2), ("gan", 1)):
+        Path("out", name).mkdir()
+        torch.save({"log": [{}] * n}, f"out/{name}/model.pt")
+    train_all.main(flags)
+    assert ran[2:] == [[*planned[1], "--resume"]]
+    train_all.main([*flags[:4], "--labels"])
+    assert ran[3:] == [["vae.py", "--epochs", "5", "--out-dir", "out/vae-labels", "--class-cond"]]

@@ -1,6 +1,6 @@
 """VQ-VAE: write an image as 7 x 7 codes out of 64, and learn which codes go together.
 
-    python vqvae.py --epochs 10      # 9 minutes on 2 CPU cores: neg_elbo 94.52 nats (seed 0)
+    python vqvae.py --epochs 10      # 9 minutes on 2 CPU cores: test neg_elbo 94.52 nats (seed 0)
 
 Van den Oord et al. 2017, arXiv:1711.00937; restarts: Dhariwal et al. 2020, arXiv:2005.00341; rate:
 Chou et al. 1989 (entropy-constrained VQ). Departures: a transformer as the prior, trained in the
@@ -16,13 +16,13 @@ Maths   log p(x) >= log p(x | codes) + log p(codes) = -(recon + prior) = -neg_el
         commitment, keeps z_e near its code. To choose the nearest has no gradient, so recon hands
         its gradient at z_q to z_e, as if the two were equal (straight-through). prior trains the
         transformer only. With recon alone, the encoder would use all it can, 49 log 64 = 204 nats;
-        rate, the price of a soft choice, draws z_e to those of the near codes that prior expects.
+        rate, the mean price of the codes near z_e under the prior, draws z_e to the cheaper ones.
 Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
         drawn anew each time; z_e, z_q (B, 49, code_dim); codes (B, 49). size: a multiple of 4.
 Units   nats/image: sums over pixels or codes, a mean over images; commit: a squared distance.
         perplexity: exp(entropy) of the codes in a batch, 64 if all are used alike, 1 if only one.
 Healthy neg_elbo falls to 101 nats in one epoch and to 95 in ten, 52 of them recon; perplexity is
-        near 50 from epoch 1 on; below 10, the codebook has collapsed; commit grows as codes part.
+        near 50 from epoch 1 on (below 10: the codebook has collapsed); commit grows, 36 to 57.
 """
 
 import argparse
@@ -58,7 +58,7 @@ class Block(nn.Module):
         h = self.qkv(F.layer_norm(x, x.shape[-1:])).unflatten(2, (3, self.n_head, -1))
         q, k, v = h.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head size) each
         q, k = F.layer_norm(q, q.shape[-1:]), F.layer_norm(k, k.shape[-1:])
-        if cache is not None:  # T = 1: token i, and the keys and values of tokens 0..i
+        if cache is not None:  # T = 1: token i; keys and values of tokens 0..i, so no mask
             cache[0, ..., -1:, :], cache[1, ..., -1:, :] = k, v
             k, v = cache
         h = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
@@ -79,9 +79,9 @@ class VQVAE(nn.Module):
                                      conv(channels, channels), nn.SiLU(), conv(channels, code_dim))
         self.decoder = nn.Sequential(conv(code_dim, channels), nn.SiLU(), conv(channels, channels),
                                      nn.SiLU(), conv(channels, 16), nn.PixelShuffle(4))
-        self.offset = nn.Parameter(10 * torch.randn(self.side**2, code_dim))  # to tell places apart
+        self.offset = nn.Parameter(10 * torch.randn(self.side**2, code_dim))  # at first it decides
         self.codebook = nn.Parameter(torch.zeros(n_codes, code_dim))  # restart will fill it
-        self.register_buffer("usage", -n_codes * torch.ones(n_codes))  # 1: the average, < 0: new
+        self.register_buffer("usage", -n_codes * torch.ones(n_codes))  # 1: average, < 0: unfilled
         self.label = nn.Embedding(n_classes + 1, n_embd)  # the last entry is "no label"
         nn.init.zeros_(self.label.weight)
         self.token = nn.Embedding(n_codes + 1, n_embd)  # the last entry is "no code yet"
@@ -90,7 +90,7 @@ class VQVAE(nn.Module):
         self.head = nn.Linear(n_embd, n_codes)
 
     def embed(self, x, y):
-        """y (B,) labels, or None for "no label" -> (B, n_embd), on the device of x (B, ...)."""
+        """y (B,) labels, or None for "no label" -> a vector each (B, ...), on the device of x."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
@@ -98,7 +98,7 @@ class VQVAE(nn.Module):
     def encode(self, x):
         """x (B, 1, H, W) in {0, 1} -> z_e (B, 49, code_dim), each of mean 0, variance 1."""
         z_e = self.encoder(2 * x - 1).flatten(2).transpose(1, 2) + self.offset
-        return F.layer_norm(z_e.type_as(self.codebook), z_e.shape[-1:])
+        return F.layer_norm(z_e, z_e.shape[-1:])
 
     def distance(self, z_e):  # |z_e - e|^2 for each e of the codebook: (B, 49, n_codes)
         return torch.cdist(z_e, self.codebook.detach()).square()
@@ -108,7 +108,7 @@ class VQVAE(nn.Module):
         return self.decoder(z_q.transpose(1, 2).unflatten(2, (self.side, self.side))).float()
 
     def prior(self, codes, y=None, start=0, end=None, caches=None):
-        """Logits (B, T, n_codes) of the codes start to end - 1, each from those before it."""
+        """Logits (B, T, n_codes) of codes start to end - 1, each from those before it."""
         past = F.pad(codes, (1, -1), value=self.n_codes)[:, start:end]
         h = self.token(past) + self.place[start:end] + self.embed(codes, y)[:, None]
         for n, block in enumerate(self.blocks):
@@ -120,7 +120,7 @@ class VQVAE(nn.Module):
         """Move each code that is hardly ever used to one of these z_e (B, 49, code_dim)."""
         z_e, codes = z_e.flatten(0, 1), self.distance(z_e).argmin(2).flatten()
         share = codes.bincount(minlength=self.n_codes) / len(codes)
-        dead = self.usage.lerp_(share * self.n_codes, 0.01) < 0.02
+        dead = self.usage.lerp_(share * self.n_codes, 0.01) < 0.02  # some 390 batches unused
         some = z_e[torch.randint(len(z_e), dead.shape, device=dead.device)]
         self.codebook.copy_(some.where(dead[:, None], self.codebook))
         self.usage.masked_fill_(dead, 1)
@@ -131,13 +131,20 @@ class VQVAE(nn.Module):
         if self.training:
             self.restart(z_e)
         codes = self.distance(z_e).argmin(2)
-        z = z_e + (self.codebook[codes] - z_e).detach()  # z_q, with the gradient of z_e
+        z = z_e + (self.codebook[codes] - z_e).detach()  # equals z_q; its gradient goes to z_e
         return z_e, codes, self.decode(z), self.prior(codes, y)
+
+    def scan(self, codes, y):
+        """Yields the logits (B, n_codes) of each code in order; the caller then writes it."""
+        shape = len(codes), self.n_head, codes.shape[1], self.n_embd // self.n_head
+        caches = self.place.new_zeros(len(self.blocks), 2, *shape)
+        for i in range(codes.shape[1]):
+            yield self.prior(codes, y, i, i + 1, caches[..., : i + 1, :])[:, 0]
 
     def loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> what to minimise, and its parts."""
         x = torch.bernoulli(x)
-        if y is not None and self.training:  # hide 1 label in 10: one model for both uses
+        if y is not None and self.training:  # hide 1 label in 10: one model with and without them
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         z_e, codes, logits, code_logits = self(x, y)
         recon = F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
@@ -155,13 +162,6 @@ class VQVAE(nn.Module):
         perplexity = torch.special.entr(share).sum().exp()
         return loss, {"neg_elbo": recon + prior, "recon": recon, "prior": prior,
                       "commit": commit, "perplexity": perplexity}
-
-    def scan(self, codes, y):
-        """Yields the logits (B, n_codes) of each code in order; the caller then writes it."""
-        shape = len(codes), self.n_head, codes.shape[1], self.n_embd // self.n_head
-        caches = self.place.new_zeros(len(self.blocks), 2, *shape)
-        for i in range(codes.shape[1]):
-            yield self.prior(codes, y, i, i + 1, caches[..., : i + 1, :])[:, 0]
 
     @torch.no_grad()
     def sample(self, n, y=None, top=None, guidance=1.0):
@@ -221,7 +221,7 @@ def main(argv=None, Model=VQVAE, epochs=20, batch_size=64, lr=5e-3):  # to suit 
     flag("--data-dir", default="data", help="folder of the data sets (default %(default)s)")
     flag("--out-dir", default=f"out/{Path(__file__).stem}", help="for output (default %(default)s)")
     flag("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
-    flag("--compile", action="store_true", help="torch.compile the loss: slow start, faster steps")
+    flag("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
     flag("--resume", action="store_true", help="go on from model.pt; repeat the other flags")
     flag("--sample", type=int, metavar="N", help="do not train: N samples of model.pt")
     flag("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
@@ -257,7 +257,7 @@ def main(argv=None, Model=VQVAE, epochs=20, batch_size=64, lr=5e-3):  # to suit 
     print(f"{out}: epochs {len(log) + 1} to {args.epochs} of {steps} steps on {device}", flush=True)
     for epoch in range(len(log) + 1, args.epochs + 1):
         order = torch.randperm(len(train_x), generator=torch.manual_seed(args.seed << 20 | epoch))
-        total, start = 0, time.time()
+        total, start = 0, time.time()  # lr: up for 2 % of all steps, then straight down to 0
         for step, i in enumerate(order.split(args.batch_size)[:steps], (epoch - 1) * steps + 1):
             optimizer.param_groups[0]["lr"] = args.lr * min(50 * step, last + 1 - step) / last
             loss, _ = amp(loss_fn)(train_x[i] / 255, train_y[i] if args.class_cond else None)
@@ -265,13 +265,13 @@ def main(argv=None, Model=VQVAE, epochs=20, batch_size=64, lr=5e-3):  # to suit 
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            ema.update_parameters(model)
+            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             total += loss.detach()
             if sys.stdout.isatty() and step % 10 == 0:
                 pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
                 print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"
                       f" | {pace * (last - step):.0f} s left  ", end="\r", flush=True)
-        train, seconds = float(total) / steps, time.time() - start
+        train, seconds = float(total) / steps, time.time() - start  # then test, at last by bound
         test = evaluate(amp(epoch == args.epochs and getattr(net, "bound", 0) or net.loss), test_x)
         log.append({"epoch": epoch, "seconds": seconds, "train_loss": train} | test)
         if not math.isfinite(sum(log[-1].values())): sys.exit(f"loss {train}: try a smaller --lr")
@@ -280,7 +280,7 @@ def main(argv=None, Model=VQVAE, epochs=20, batch_size=64, lr=5e-3):  # to suit 
         torch.save(state | {"config": config, "log": log}, buffer := io.BytesIO())
         (out / "model.pt.part").write_bytes(buffer.getvalue())
         os.replace(out / "model.pt.part", out / "model.pt")  # never a half-written model.pt
-        rows = [max(log, key=len), *(row.values() for row in log)]
+        rows = [max(log, key=len), *(row.values() for row in log)]  # names: of the longest row
         (out / "log.csv").write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n")
         figures = " ".join(f"{key} {value:.4g}" for key, value in test.items())
         print(f"epoch {epoch:3}/{args.epochs} | train loss {train:.4g} | test {figures} | "

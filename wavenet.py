@@ -1,6 +1,6 @@
 """WaveNet: mix each token with one a few steps back, then twice as far back, until all are mixed.
 
-    python wavenet.py --epochs 2      # 17 minutes on one CPU core: test nll 81.95 nats (seed 0)
+    python wavenet.py --epochs 2      # 17 minutes on 1 CPU core: test nll 81.95 nats (seed 0)
 
 Van den Oord et al. 2016, arXiv:1609.03499; the queues: Paine et al. 2016, arXiv:1611.09482.
 Departures: dilations that fit the image, embeddings of row and column, EMA of the weights.
@@ -13,9 +13,9 @@ Maths   log p(x) = sum_i log p(x_i | x_<i),  p(x_i = 1 | x_<i) = sigmoid(logits_
             h_i <- h_i + out(tanh(value_i) sigmoid(gate_i)),  value_i, gate_i of (h_{i-d}, h_i)
         Every way back has 28 r + c steps with r and c below 28, and these are sums of 1, 2, 4, 8,
         16: binary digits. So a layer for each digit of c and one for each of r, where d is 28
-        times as large, and every token has seen all pixels before it. (The usual d = 1, 2, ...,
-        256 end 512 pixels back: the last rows never see the first nine.)
-        Token i - d of each layer is needed d steps later: sampling keeps it in a queue till then.
+        times as large, and every token has seen all pixels before it. (d = 1, 2, 4, ..., 256 end
+        512 pixels back: the last row never sees the first eight.)
+        Step i needs token i - d of each layer: sampling keeps the last d tokens in a queue.
         Draw x_i, do not round it: the likeliest pixel each time soon makes an empty image.
 Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
         drawn anew each time; tokens (B, 784, channels).
@@ -63,7 +63,7 @@ class WaveNet(nn.Module):
         self.size, self.n_classes = size, n_classes
         digits = [2**k for k in range((size - 1).bit_length())]  # 1, 2, 4, 8, 16
         self.dilations = digits + [size * digit for digit in digits]
-        self.inp = nn.Linear(1, channels)
+        self.stem = nn.Linear(1, channels)
         self.row = nn.Parameter(0.02 * torch.randn(size, 1, channels))
         self.col = nn.Parameter(0.02 * torch.randn(1, size, channels))
         self.label = nn.Embedding(n_classes + 1, channels)  # the last entry is "no label"
@@ -73,14 +73,14 @@ class WaveNet(nn.Module):
         self.head = nn.Sequential(nn.ReLU(), wide, nn.ReLU(), nn.Linear(channels, 1))
 
     def embed(self, x, y):
-        """y (B,) labels, or None for "no label" -> (B, n_embd), on the device of x (B, ...)."""
+        """y (B,) labels, or None for "no label" -> a vector each (B, ...), on the device of x."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
 
-    def forward(self, x, y=None):
+    def forward(self, x, y=None):  # x (B, 1, H, W) in {0, 1} -> logits (B, 1, H, W)
         place = (self.row + self.col).flatten(0, 1)  # (H * W, channels)
-        h, skips = self.inp(F.pad(x.flatten(1), (1, -1))[..., None]), 0  # the pixel before each
+        h, skips = self.stem(F.pad(x.flatten(1), (1, -1))[..., None]), 0  # the pixel before each
         h = h + (place + self.embed(x, y)[:, None]).type_as(h)  # (B, H * W, channels)
         for layer, dilation in zip(self.layers, self.dilations):
             h, skip = layer(h, F.pad(h, (0, 0, dilation, -dilation)))
@@ -93,9 +93,9 @@ class WaveNet(nn.Module):
         queues = [label.new_zeros(dilation, *label.shape) for dilation in self.dilations]
         for i in range(x[0].numel()):
             before = F.pad(x.flatten(1), (1, 0))[:, i : i + 1]  # (B, 1)
-            h, skips = self.inp(before) + place[i] + label, 0
+            h, skips = self.stem(before) + place[i] + label, 0
             for layer, queue in zip(self.layers, queues):
-                token, j = h, i % len(queue)  # place j still holds token i - dilation
+                token, j = h, i % len(queue)  # queue[j] still holds token i - dilation
                 h, skip = layer(token, queue[j])
                 queue[j], skips = token, skips + skip
             yield self.head(h + skips)[:, 0].float()
@@ -103,7 +103,7 @@ class WaveNet(nn.Module):
     def loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
         x = torch.bernoulli(x)
-        if y is not None and self.training:  # hide 1 label in 10: one model for both uses
+        if y is not None and self.training:  # hide 1 label in 10: one model with and without them
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         nll = F.binary_cross_entropy_with_logits(self(x, y), x, reduction="sum") / len(x)
         return nll, {"nll": nll, "bpd": nll / (x[0].numel() * math.log(2))}
@@ -160,7 +160,7 @@ def main(argv=None, Model=WaveNet, epochs=20, batch_size=64, lr=1e-2):  # to sui
     flag("--data-dir", default="data", help="folder of the data sets (default %(default)s)")
     flag("--out-dir", default=f"out/{Path(__file__).stem}", help="for output (default %(default)s)")
     flag("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
-    flag("--compile", action="store_true", help="torch.compile the loss: slow start, faster steps")
+    flag("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
     flag("--resume", action="store_true", help="go on from model.pt; repeat the other flags")
     flag("--sample", type=int, metavar="N", help="do not train: N samples of model.pt")
     flag("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
@@ -196,7 +196,7 @@ def main(argv=None, Model=WaveNet, epochs=20, batch_size=64, lr=1e-2):  # to sui
     print(f"{out}: epochs {len(log) + 1} to {args.epochs} of {steps} steps on {device}", flush=True)
     for epoch in range(len(log) + 1, args.epochs + 1):
         order = torch.randperm(len(train_x), generator=torch.manual_seed(args.seed << 20 | epoch))
-        total, start = 0, time.time()
+        total, start = 0, time.time()  # lr: up for 2 % of all steps, then straight down to 0
         for step, i in enumerate(order.split(args.batch_size)[:steps], (epoch - 1) * steps + 1):
             optimizer.param_groups[0]["lr"] = args.lr * min(50 * step, last + 1 - step) / last
             loss, _ = amp(loss_fn)(train_x[i] / 255, train_y[i] if args.class_cond else None)
@@ -204,13 +204,13 @@ def main(argv=None, Model=WaveNet, epochs=20, batch_size=64, lr=1e-2):  # to sui
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            ema.update_parameters(model)
+            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             total += loss.detach()
             if sys.stdout.isatty() and step % 10 == 0:
                 pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
                 print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"
                       f" | {pace * (last - step):.0f} s left  ", end="\r", flush=True)
-        train, seconds = float(total) / steps, time.time() - start
+        train, seconds = float(total) / steps, time.time() - start  # then test, at last by bound
         test = evaluate(amp(epoch == args.epochs and getattr(net, "bound", 0) or net.loss), test_x)
         log.append({"epoch": epoch, "seconds": seconds, "train_loss": train} | test)
         if not math.isfinite(sum(log[-1].values())): sys.exit(f"loss {train}: try a smaller --lr")
@@ -219,7 +219,7 @@ def main(argv=None, Model=WaveNet, epochs=20, batch_size=64, lr=1e-2):  # to sui
         torch.save(state | {"config": config, "log": log}, buffer := io.BytesIO())
         (out / "model.pt.part").write_bytes(buffer.getvalue())
         os.replace(out / "model.pt.part", out / "model.pt")  # never a half-written model.pt
-        rows = [max(log, key=len), *(row.values() for row in log)]
+        rows = [max(log, key=len), *(row.values() for row in log)]  # names: of the longest row
         (out / "log.csv").write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n")
         figures = " ".join(f"{key} {value:.4g}" for key, value in test.items())
         print(f"epoch {epoch:3}/{args.epochs} | train loss {train:.4g} | test {figures} | "

@@ -1,0 +1,257 @@
+"""The head-to-head: measures the checkpoints in out/ alike, writes README's table and pictures.
+
+    python bench/compare.py                        # all ten: bench/train_all.py trains them
+    python bench/compare.py --scripts vae gan --samples 2000     # prints the table only
+
+What is measured of each model:
+parameters  without the labels, if the model has not learnt any
+s/epoch     median seconds of an epoch of 60,000 images, as the run has logged them
+nats        -log p(x), or a bound on it, of the 10,000 test images without labels, each pixel drawn
+            from its grey level; bits/dim: the same / (784 log 2)
+100 in      seconds for sample(100), the median of three
+Frechet     distance of two Gaussians, fitted to the features of the samples and of the test images
+ratio       that distance over the one of as many training images (a mean over five draws of
+            these): 1 is as near as real data
+KID         squared distance of the mean features under the kernel (a b / 64 + 1)^3, unbiased
+precision   share of samples among the data: nearer to a test image than its third neighbour is
+recall      share of test images among the samples, likewise
+digits      shares of the rarest and of the commonest digit among the samples
+labels      share of 1,000 samples that show the digit asked for, of out/<script>-labels/model.pt,
+            with the guidance that sample() has by default
+Features and digits are those of bench/classifier.py. gan.py and diffusion.py are compared with grey
+digits, the others with binarised ones, to which end the mean images of vae.py and vqvae.py are
+drawn from, too. Figures are kept in out/bench/, so that an interrupted comparison goes on.
+"""
+
+import argparse
+import importlib
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+from classifier import WEIGHTS, load_classifier
+from common import load_mnist, save_images
+
+SCRIPTS = "rnn made wavenet pixelcnn gatedcnn transformer vae vqvae gan diffusion".split()
+GREY = "gan", "diffusion"
+START, END = "<!-- bench/compare.py writes from here -->\n", "<!-- to here -->\n"
+COLUMNS = ("model", "parameters", "epochs", "s/epoch", "nats", "bits/dim", "100 in", "Frechet",
+           "ratio", "KID", "precision", "recall", "digits", "labels")  # fmt: skip
+
+
+def frechet(a, b):
+    """Frechet distance of the Gaussians fitted to features a (N, D) and b (M, D)."""
+    # |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return (means + cov_a.trace() + cov_b.trace() - 2 * root).item()
+
+
+def kid(a, b):
+    """Squared kernel distance of a (N, D) and b (M, D), unbiased (arXiv:1801.01401)."""
+    kernel = lambda p, q: sum(((x @ q.T / q.shape[1] + 1) ** 3).sum() for x in p.split(1000))
+    alone = lambda p: ((p.square().sum(1) / p.shape[1] + 1) ** 3).sum()  # a sample with itself
+    inside = [(kernel(p, p) - alone(p)) / (len(p) * (len(p) - 1)) for p in (a, b)]
+    return (sum(inside) - 2 * kernel(a, b) / (len(a) * len(b))).item()
+
+
+def among(a, b, k=3):
+    """Share of the a (N, D) that are nearer to some b (M, D) than that one's k-th neighbour in b
+    (precision and recall of arXiv:1904.06991)."""
+    radius = torch.cat([torch.cdist(x, b).kthvalue(k + 1).values for x in b.split(1000)])
+    inside = [(torch.cdist(x, b) < radius).any(1) for x in a.split(1000)]
+    return torch.cat(inside).double().mean().item()
+
+
+class Data:
+    """The features of the test images, and how near those of other images come to them."""
+
+    def __init__(self, test_x, classifier, device, binary):
+        self.classifier, self.device, self.binary = classifier, device, binary
+        self.real, _ = self.features(test_x / 255)
+
+    def features(self, x):
+        """x (N, 1, 28, 28) in [0, 1] -> features (N, 64) float64, digits (N,)"""
+        torch.manual_seed(0)
+        x = torch.bernoulli(x) if self.binary else x
+        features = torch.cat([self.classifier.features(p.to(self.device)) for p in x.split(500)])
+        return features.double(), self.classifier.head(features.relu()).argmax(1)
+
+    def compare(self, x):
+        """-> {figure: number} of the images x (N, 1, 28, 28)"""
+        a, digits = self.features(x)
+        share = digits.bincount(minlength=10) / len(x)
+        return {"Frechet": frechet(a, self.real), "KID": kid(a, self.real),
+                "precision": among(a, self.real), "recall": among(self.real, a),
+                "rarest": share.min().item(), "commonest": share.max().item()}  # fmt: skip
+
+
+def load(script, folder, device):
+    """-> the module script.py, the model of out/<folder>/model.pt, and that checkpoint."""
+    module = importlib.import_module(script)
+    saved = torch.load(f"out/{folder}/model.pt", device, weights_only=True)
+    model = module.main.__defaults__[1](**saved["config"]).to(device).eval().requires_grad_(False)
+    model.load_state_dict(saved["model"])
+    return module, model, saved
+
+
+def draw(model, n, title, y=None):
+    """n samples (n, 1, 28, 28), 500 at a time, with a line of progress on a terminal."""
+    parts = []
+    for i in range(0, n, 500):
+        parts.append(model.sample(min(500, n - i), None if y is None else y[i : i + 500]))
+        if sys.stdout.isatty():
+            print(f"{title}: {min(i + 500, n)} of {n} samples  ", end="\r", flush=True)
+    return torch.cat(parts)
+
+
+def measure(script, n, data, test_x, device):
+    """-> {figure: number} of out/<script>/model.pt, from n samples"""
+    module, model, saved = load(script, script, device)
+    seconds = sorted(row["seconds"] for row in saved["log"])
+    figures = {"epochs": len(seconds), "s/epoch": seconds[len(seconds) // 2],
+               "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
+    if script not in GREY:
+        with torch.autocast(device, torch.bfloat16):
+            test = module.evaluate(getattr(model, "bound", model.loss), test_x)
+        figures |= {name: test[name] for name in ("nll", "neg_elbo", "iwae") if name in test}
+    times = []
+    for _ in range(3):
+        start = time.time()
+        model.sample(100).sum().item()  # a GPU has to be done for it
+        times.append(time.time() - start)
+    figures["100 in"] = sorted(times)[1]
+    torch.manual_seed(0)
+    figures |= data.compare(draw(model, n, script))
+    if Path(f"out/{script}-labels/model.pt").exists():
+        y = torch.arange(1000, device=device) % 10
+        _, model, _ = load(script, f"{script}-labels", device)
+        _, digits = data.features(draw(model, 1000, script, y))
+        figures["labels"] = (digits == y).double().mean().item()
+    return figures
+
+
+def kept(name, key, function, *args):
+    """The result of function(*args), or that of an earlier run with the same key."""
+    path = Path(f"out/bench/{name}.pt")
+    if not (path.exists() and (result := torch.load(path, weights_only=True))["key"] == key):
+        result = {"key": key, "figures": function(*args)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(result, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+    return result["figures"]
+
+
+def floor(n, data, train_x):
+    """-> {figure: number} of n training images, a mean over five draws."""
+    draws = [torch.randperm(len(train_x), generator=torch.manual_seed(i))[:n] for i in range(5)]
+    figures = [data.compare(train_x[i.to(train_x.device)] / 255) for i in draws]
+    return {key: sum(f[key] for f in figures) / len(figures) for key in figures[0]}
+
+
+def row(name, figures, floor):
+    """A line of the table, empty where a figure is missing."""
+    show = {key: f"{value:,}" for key, value in figures.items()}
+    show["model"] = f"[{name}.py]({name}.py)" if name in SCRIPTS else name
+    for key, form in {"s/epoch": ".0f", "100 in": ".3g", "Frechet": ".2f", "KID": ".2f",
+                      "precision": ".2f", "recall": ".2f", "labels": ".1%"}.items():  # fmt: skip
+        show[key] = format(figures[key], form) if key in figures else ""
+    show["100 in"] += " s" * ("100 in" in figures)
+    show["ratio"] = f"{figures['Frechet'] / floor:.2g}"
+    show["digits"] = f"{100 * figures['rarest']:.0f}-{100 * figures['commonest']:.0f} %"
+    nats = [figures[key] for key in ("nll", "neg_elbo", "iwae") if key in figures]
+    bound = "" if "nll" in figures else "< "
+    show["nats"] = ", ".join(f"{bound}{value:.2f}" for value in nats)
+    show["bits/dim"] = f"{bound}{nats[-1] / 784 / math.log(2):.4f}" if nats else ""
+    return "| " + " | ".join(show.get(column, "") for column in COLUMNS) + " |\n"
+
+
+def strip(rows):
+    """{name: an image file with 10 columns} -> (1, 1, H, W): its first row of each, labelled."""
+    canvas = Image.new("L", (374, 30 * len(rows) + 2), 128)
+    for i, (name, path) in enumerate(rows.items()):
+        canvas.paste(0, (0, 30 * i + 2, 70, 30 * i + 30))
+        ImageDraw.Draw(canvas).text((4, 30 * i + 10), name, fill=255)
+        canvas.paste(Image.open(path).convert("L").crop((0, 0, 302, 30)), (72, 30 * i))
+    return torch.tensor(np.array(canvas))[None, None] / 255
+
+
+def pictures(assets, test_x, device):
+    """All ten in one picture, how samples change in training, and how codes become an image."""
+    save_images(test_x[:10] / 255, "out/bench/data")
+    rows = {"test images": "out/bench/data.png"}
+    rows |= {script: f"out/{script}/samples.png" for script in SCRIPTS}
+    save_images(strip(rows), assets / "samples")
+    epochs = {script: sorted(Path(f"out/{script}").glob("samples_*.png")) for script in SCRIPTS}
+    epochs = {script: paths for script, paths in epochs.items() if len(paths) > 2}
+    frames = [{script: paths[round(i / 19 * (len(paths) - 1))] for script, paths in epochs.items()}
+              for i in range(20)]  # fmt: skip
+    save_images(torch.stack([strip(rows) for rows in frames]), assets / "progress")
+    _, model, _ = load("vqvae", "vqvae", device)
+    torch.manual_seed(0)
+    codes, frames = torch.zeros(20, 49, dtype=torch.int64, device=device), []
+    for i, logits in enumerate(model.scan(codes, None)):
+        codes[:, i] = logits.softmax(1).multinomial(1)[:, 0]
+        x = model.decode(model.codebook[codes]).sigmoid()
+        future = torch.arange(49, device=device).view(1, 1, 7, 7) > i
+        # the codes that are not drawn yet are 0 for the decoder; the picture hides their places
+        frames.append(x.where(~future.repeat_interleave(4, 2).repeat_interleave(4, 3), 0.5))
+    save_images(torch.stack(frames), assets / "codes")
+
+
+@torch.no_grad()
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    flag = parser.add_argument
+    flag("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS, help="(default: all ten)")
+    flag("--samples", type=int, default=10_000, help="of each model (default %(default)s)")
+    flag("--data-dir", default="data", help="folder of the data sets (default %(default)s)")
+    flag("--readme", type=Path, default=ROOT / "README.md", help="for the table; assets/ beside it")
+    args = parser.parse_args(argv)
+    if args.samples < 100:
+        parser.error("--samples must be at least 100")
+    for script in args.scripts:
+        if not Path(f"out/{script}/model.pt").exists():
+            sys.exit(f"no out/{script}/model.pt: train it first, with python {script}.py")
+    text = args.readme.read_text()
+    if args.scripts == SCRIPTS and (START not in text or END not in text):
+        sys.exit(f"{args.readme} has no lines {START.strip()} and {END.strip()}")
+    device, n = "cuda" if torch.cuda.is_available() else "cpu", args.samples
+    train_x, _, test_x, _ = load_mnist(args.data_dir, device=device)
+    sets = [Data(test_x, load_classifier(device), device, binary) for binary in (False, True)]
+    key = [n, device, WEIGHTS.stat().st_mtime]
+    floors = [kept(f"data-{i}", key, floor, n, data, train_x) for i, data in enumerate(sets)]
+    table = "| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS) + "\n"
+    for i, name in enumerate(("training images, grey", "training images, binarised")):
+        table += row(name, floors[i], floors[i]["Frechet"])
+    for script in args.scripts:
+        i = script not in GREY
+        paths = [Path(f"out/{script}{kind}/model.pt") for kind in ("", "-labels")]
+        times = [path.stat().st_mtime for path in paths if path.exists()]
+        figures = kept(script, [*key, *times], measure, script, n, sets[i], test_x, device)
+        table += row(script, figures, floors[i]["Frechet"])
+        print(table.split("\n")[-2], flush=True)
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
+    table += f"\n{n:,} samples of each model; torch {torch.__version__}, {where}.\n"
+    if args.scripts != SCRIPTS:
+        return print(table)
+    before, after = text.split(START)[0], text.split(END)[1]
+    pictures(args.readme.parent / "assets", test_x, device)
+    args.readme.write_text(before + START + "\n" + table + "\n" + END + after)
+    print(f"wrote {args.readme} and {args.readme.parent / 'assets'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; start again to go on")
