@@ -71,7 +71,7 @@ def slerp(a, b, n=10):
     """
     a, b = a.flatten(1)[:, None], b.flatten(1)[:, None]  # (B, 1, D)
     cosine = F.cosine_similarity(a, b, dim=2)[..., None]  # (B, 1, 1)
-    angle = cosine.clamp(-1, 1).acos().clamp(min=1e-4)
+    angle = cosine.clamp(-1, 1).acos().clamp(min=1e-4)  # a = b shall give a, not 0 / 0
     w = torch.linspace(0, 1, n, device=a.device)[:, None]  # (n, 1)
     arc = (((1 - w) * angle).sin() * a + (w * angle).sin() * b) / angle.sin()  # (B, n, D)
     return arc.flatten(0, 1)
@@ -148,7 +148,7 @@ class Diffusion(nn.Module):
     @torch.no_grad()
     def sample(self, n, y=None, steps=25, guidance=1.5):
         """n images (n, 1, H, W) in [0, 1] by `steps` steps of the ODE; y (n,) labels or None."""
-        x = torch.randn(n, 1, self.size, self.size, device=self.freqs.device)
+        x = torch.randn(n, 1, self.size, self.size, device=self.label.weight.device)
         for x, _ in self.ode(x, 1, 0, steps, y, guidance):
             pass
         return (x.clamp(-1, 1) + 1) / 2
@@ -160,10 +160,10 @@ class Diffusion(nn.Module):
         frames = [torch.cat(pair, -1) for pair in self.ode(noise, 1, 0, 25)]  # x_t, predicted x0
         for noise, _ in self.ode(2 * x - 1, 0, 1, 25):  # backwards: from the images to their noise
             pass
-        between = slerp(noise, noise.roll(-1, 0)).view(-1, *x.shape[1:])  # each image to the next
-        for morph, _ in self.ode(between, 1, 0, 25):
+        arcs = slerp(noise, noise.roll(-1, 0)).view(-1, *x.shape[1:])  # each image and the next
+        for between, _ in self.ode(arcs, 1, 0, 25):
             pass
-        pictures = {"process": torch.stack(frames), "interpolation": morph}
+        pictures = {"process": torch.stack(frames), "interpolation": between}
         return {name: (images.clamp(-1, 1) + 1) / 2 for name, images in pictures.items()}
 
 
@@ -234,8 +234,8 @@ def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # to s
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             total += loss.detach()
+            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             if sys.stdout.isatty() and step % 10 == 0:
                 pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
                 print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"

@@ -78,18 +78,18 @@ class GAN(nn.Module):
 
     def __init__(self, *, channels=32, z_dim=64, gamma=1.0, size=28, n_classes=10):
         super().__init__()
-        self.z_dim, self.gamma, self.n_classes = z_dim, gamma, n_classes
+        self.z_dim, self.n_classes, self.gamma = z_dim, n_classes, gamma
         self.generator = Generator(channels, z_dim, size, n_classes)
         self.discriminator = Discriminator(channels, size, n_classes)
 
-    def forward(self, y):  # a fake (B, 1, H, W) in [-1, 1] for each label in y (B,)
-        return self.generator(torch.randn(len(y), self.z_dim, device=y.device), y)
-
     def labels(self, x, y, hide=0):
         """y (B,), each hidden with probability `hide`; y None: "no label" for each of the x."""
-        none = torch.full((len(x),), self.n_classes, device=x.device)
-        hidden = torch.rand(len(x), device=x.device) < hide
-        return none if y is None else torch.where(hidden, none, y)
+        if y is None:
+            y = torch.full((len(x),), self.n_classes, device=x.device)
+        return torch.where(torch.rand(len(y), device=y.device) < hide, self.n_classes, y)
+
+    def forward(self, y):  # a fake (B, 1, H, W) in [-1, 1] for each label in y (B,)
+        return self.generator(torch.randn(len(y), self.z_dim, device=y.device), y)
 
     def d_loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> the discriminator's loss, metrics."""

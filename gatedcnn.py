@@ -215,8 +215,8 @@ def main(argv=None, Model=GatedPixelCNN, epochs=20, batch_size=64, lr=1e-2):  # 
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             total += loss.detach()
+            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             if sys.stdout.isatty() and step % 10 == 0:
                 pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
                 print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"

@@ -7,7 +7,7 @@ Departures: kernels without rows below the centre, embeddings of row and column,
 
 Idea    A convolution sees all around a pixel, but a guess must rest on the pixels before it alone:
         a mask hides the others. Training makes all 784 guesses in one pass; sampling takes 784
-        steps, each a 784th of a pass: one place a layer, from the patch around it, kept for later.
+        steps, which cost one pass: one place a layer, from the patch around it, kept for later.
 Maths   log p(x) = sum_i log p(x_i | x_<i),  p(x_i = 1 | x_<i) = sigmoid(logits_i): exact, no bound
             1 1 1     The mask of a 3 x 3 kernel. A: no guess may see its own pixel, so in the first
             1 m 0     layer m is 0. B: later layers see features made of earlier pixels: m is 1.
@@ -46,8 +46,8 @@ class MaskedConv2d(nn.Conv2d):
         self.mask[-1, k // 2 + (kind == "B") :] = 0
 
     def forward(self, x):
-        """x (B, H + k // 2, W + k - 1, n_in), with its edge on three sides -> (B, H, W, n_out)."""
-        return F.conv2d(x.movedim(3, 1), self.weight * self.mask, self.bias).movedim(1, 3)
+        """x (B, n_in, H + k // 2, W + k - 1), with its edge on three sides -> (B, n_out, H, W)."""
+        return F.conv2d(x, self.weight * self.mask, self.bias)
 
 
 class Bottleneck(nn.Module):
@@ -65,7 +65,7 @@ class Bottleneck(nn.Module):
             seen = F.pad(x, (0, 0, p, p, p, 0))
         else:  # h (B, 1, 1, 2 * channels): one pixel, to be noted in seen, what its kernel covers
             seen[:, -1, p] = x[:, 0, 0]
-        return h + self.expand(self.conv(seen).relu())
+        return h + self.expand(self.conv(seen.movedim(3, 1)).movedim(1, 3).relu())
 
 
 class PixelCNN(nn.Module):
@@ -88,7 +88,7 @@ class PixelCNN(nn.Module):
         return self.label(y)
 
     def forward(self, x, y=None):  # x (B, 1, H, W) in {0, 1} -> logits (B, 1, H, W)
-        h = self.stem(F.pad(x, (3, 3, 3, 0)).movedim(1, 3))  # (B, H, W, 2 * channels)
+        h = self.stem(F.pad(x, (3, 3, 3, 0))).movedim(1, 3)  # (B, H, W, 2 * channels)
         h = h + (self.row + self.col + self.embed(x, y)[:, None, None]).type_as(h)
         for block in self.blocks:
             h = block(h)
@@ -98,13 +98,13 @@ class PixelCNN(nn.Module):
         """Yields the logits (B,) of each pixel in order; the caller then writes it into x."""
         place, p = self.row + self.col + self.embed(x, y)[:, None, None], self.kernel // 2
         inputs = [F.pad(0 * place[..., ::2], (0, 0, p, p, p, 0)) for _ in self.blocks]  # C channels
-        for i in range(x[0].numel()):
-            r, c = divmod(i, self.size)
-            image = F.pad(x, (3, 3, 3, 0)).movedim(1, 3)
-            h = self.stem(image[:, r : r + 4, c : c + 7]) + place[:, r : r + 1, c : c + 1]
-            for block, seen in zip(self.blocks, inputs):
-                h = block(h, seen[:, r : r + p + 1, c : c + 2 * p + 1])
-            yield self.head(h.relu()).flatten().float()
+        for r in range(self.size):
+            for c in range(self.size):
+                h = self.stem(F.pad(x, (3, 3, 3, 0))[:, :, r : r + 4, c : c + 7]).movedim(1, 3)
+                h = h + place[:, r, None, c, None]  # (B, 1, 1, 2 * channels)
+                for block, seen in zip(self.blocks, inputs):
+                    h = block(h, seen[:, r : r + p + 1, c : c + 2 * p + 1])
+                yield self.head(h.relu()).flatten().float()
 
     def loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
@@ -213,8 +213,8 @@ def main(argv=None, Model=PixelCNN, epochs=20, batch_size=64, lr=1e-2):  # to su
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             total += loss.detach()
+            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             if sys.stdout.isatty() and step % 10 == 0:
                 pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
                 print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"

@@ -7,14 +7,14 @@ LSTM along the raster order instead of one by rows or diagonals, layer norms, em
 column, EMA of the weights, and a convolution at the input that shows the rows above.
 
 Idea    Read the pixels row by row, and keep notes of fixed size on all that was seen: c; h is the
-        part of c that matters now. From h guess the next pixel. Training knows the image and makes
-        784 guesses in one call, sampling takes 784 calls; inside, both go pixel by pixel.
+        part of c that matters now. From h guess the next pixel; even one pass goes pixel by pixel.
+        Training knows the image and makes 784 guesses in one pass; sampling takes 784 steps.
 Maths   log p(x) = sum_i log p(x_i | x_<i),  p(x_i = 1 | x_<i) = sigmoid(logits_i): exact, no bound
             c_i = f c_{i-1} + u g,  h_i = o tanh(c_i)
         Gates f (keep), u (write), o (show) in (0, 1) and the note g in (-1, 1) are functions of
         h_{i-1} and token i. Where f is 1, the gradient along c passes unchanged.
-        Token i is made of the pixels before i alone (the stem ends at i - 1). The pixel above is
-        28 steps back, too far to rely on memory: the stem shows it.
+        Token i is made of the pixels before i alone (the stem ends at i - 1).
+        The pixel above is 28 steps back, too far to rely on memory: the stem shows it.
         Draw x_i, do not round it: the likeliest pixel each time soon makes an empty image.
 Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
         drawn anew each time; tokens, and what each layer makes of them, (B, 784, n_embd).
@@ -60,7 +60,7 @@ class PixelRNN(nn.Module):
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
 
-    def run(self, x, start, end, y, states):
+    def run(self, x, y, start, end, states):
         """Logits (B, T) of pixels start to end - 1, each from those before it; updates states."""
         past = F.pad(x.flatten(2), (self.reach, 0))[..., start : end - 1 + self.reach]
         place = (self.row + self.col).flatten(0, 1)[start:end]  # (T, n_embd)
@@ -71,13 +71,13 @@ class PixelRNN(nn.Module):
         return self.head(F.layer_norm(h, h.shape[-1:]))[..., 0].float()
 
     def forward(self, x, y=None):  # x (B, 1, H, W) in {0, 1} -> logits (B, 1, H, W)
-        return self.run(x, 0, x[0].numel(), y, [None] * len(self.layers)).view_as(x)
+        return self.run(x, y, 0, x[0].numel(), [None] * len(self.layers)).view_as(x)
 
     def scan(self, x, y):
         """Yields the logits (B,) of each pixel in order; the caller then writes it into x."""
         states = [None] * len(self.layers)
         for i in range(x[0].numel()):
-            yield self.run(x, i, i + 1, y, states)[:, 0]
+            yield self.run(x, y, i, i + 1, states)[:, 0]
 
     def loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
@@ -183,8 +183,8 @@ def main(argv=None, Model=PixelRNN, epochs=10, batch_size=64, lr=5e-3):  # to su
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             total += loss.detach()
+            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             if sys.stdout.isatty() and step % 10 == 0:
                 pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
                 print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"

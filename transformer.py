@@ -10,8 +10,8 @@ Idea    An image is a sequence of pixels, row by row. To guess pixel i, compare 
         Training knows the image and makes 784 guesses in one pass; sampling takes 784 steps.
 Maths   log p(x) = sum_i log p(x_i | x_<i),  p(x_i = 1 | x_<i) = sigmoid(logits_i): exact, no bound
             attention_i = sum_{j <= i} w_ij v_j,  w_ij = softmax_j(q_i k_j / sqrt(head size))
-        Token i is made of the pixels before i alone (the stem ends at i - 1), so it may see itself.
-        A later pixel changes no key and no value: sampling computes each once and keeps them.
+        Token i is made of the pixels before i alone (the stem ends at i - 1).
+        So it may see itself, and no later pixel changes its key or value: sampling keeps both.
         Draw x_i, do not round it: the likeliest pixel each time soon makes an empty image.
 Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
         drawn anew each time; tokens (B, 784, n_embd); q, k, v (B, n_head, 784, n_embd / n_head).
@@ -82,7 +82,7 @@ class PixelTransformer(nn.Module):
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
 
-    def run(self, x, start, end, y, caches):
+    def run(self, x, y, start, end, caches):
         """Logits (B, T) of pixels start to end - 1, each from those before it; fills caches."""
         past = F.pad(x.flatten(2), (self.reach, 0))[..., start : end - 1 + self.reach]
         place = (self.row + self.col).flatten(0, 1)[start:end]  # (T, n_embd)
@@ -92,14 +92,14 @@ class PixelTransformer(nn.Module):
         return self.head(F.layer_norm(h, h.shape[-1:]))[..., 0].float()
 
     def forward(self, x, y=None):  # x (B, 1, H, W) in {0, 1} -> logits (B, 1, H, W)
-        return self.run(x, 0, x[0].numel(), y, [None] * len(self.blocks)).view_as(x)
+        return self.run(x, y, 0, x[0].numel(), [None] * len(self.blocks)).view_as(x)
 
     def scan(self, x, y):
         """Yields the logits (B,) of each pixel in order; the caller then writes it into x."""
         shape = len(x), self.n_head, x[0].numel(), self.n_embd // self.n_head
-        caches = self.row.new_zeros(len(self.blocks), 2, *shape)
+        caches = self.label.weight.new_zeros(len(self.blocks), 2, *shape)
         for i in range(x[0].numel()):
-            yield self.run(x, i, i + 1, y, caches[..., : i + 1, :])[:, 0]
+            yield self.run(x, y, i, i + 1, caches[..., : i + 1, :])[:, 0]
 
     def loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
@@ -205,8 +205,8 @@ def main(argv=None, Model=PixelTransformer, epochs=10, batch_size=64, lr=5e-3): 
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             total += loss.detach()
+            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             if sys.stdout.isatty() and step % 10 == 0:
                 pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
                 print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"

@@ -17,7 +17,7 @@ Maths   log p(x) >= E_q[log p(x | z)] - KL(q(z | x) || p(z)) = ELBO = -(recon + 
             log p(x) >= E log(1/k sum_j p(x, z_j) / q(z_j | x)) = -iwae
         Sampling: z ~ N(0, 1), then the mean of p(x | z), which coin flips would only speckle.
 Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
-        drawn anew each time; mu, logvar, z (B, 32); logits like x. size: a multiple of 4.
+        drawn anew each time; mu, logvar, z (B, z_dim); logits like x. size: a multiple of 4.
 Units   nats/image: sums over the pixels and over z, a mean over the batch alone. Means
         over both would weigh kl 784 / 32 = 24.5 times too much, and bound nothing.
 Healthy recon falls from 73 nats after one epoch to 63 after ten, kl stays near 27, iwae ends at
@@ -95,7 +95,7 @@ class VAE(nn.Module):
         return self.decode(z, y), mu, logvar
 
     def loss(self, x, y=None):
-        """x (B, 1, H, W) in [0, 1], y (B,) or None -> -ELBO and its parts, in nats/image."""
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> what to minimise, -ELBO, and its parts."""
         x = torch.bernoulli(x)
         if y is not None and self.training:  # hide 1 label in 10: one model with and without them
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
@@ -131,11 +131,11 @@ class VAE(nn.Module):
         """x (N, 1, H, W) images -> reconstruction (2 N, 1, H, W), interpolation (10 N, 1, H, W)."""
         x = torch.bernoulli(x)
         mu, _ = self.encode(x)
-        pairs = zip(x.split(10), self.decode(mu).sigmoid().split(10))  # a row of x, one below it
-        a, b = mu[:, None], mu.roll(-1, 0)[:, None]  # (N, 1, z_dim): each image and the next
+        rows = torch.cat(sum(zip(x.split(10), self.decode(mu).sigmoid().split(10)), ()))
+        a, b = mu[:, None], mu.roll(-1, 0)[:, None]  # (N, 1, z_dim): each and the next
         line = a + (b - a) * torch.linspace(0, 1, 10, device=x.device)[:, None]  # (N, 10, z_dim)
         between = self.decode(line.flatten(0, 1)).sigmoid()
-        return {"reconstruction": torch.cat(sum(pairs, ())), "interpolation": between}
+        return {"reconstruction": rows, "interpolation": between}
 
 
 # ---------------------------------------------------------------- train
@@ -205,8 +205,8 @@ def main(argv=None, Model=VAE, epochs=30, batch_size=64, lr=2e-3):  # to suit Mo
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             total += loss.detach()
+            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             if sys.stdout.isatty() and step % 10 == 0:
                 pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
                 print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"

@@ -72,8 +72,8 @@ class VQVAE(nn.Module):
     def __init__(self, *, channels=64, code_dim=16, n_codes=64, n_embd=64, n_head=1, n_layer=2,
                  beta=0.25, charge=0.5, size=28, n_classes=10):
         super().__init__()
-        self.n_classes, self.n_codes, self.beta, self.charge = n_classes, n_codes, beta, charge
-        self.n_embd, self.n_head, self.side = n_embd, n_head, size // 4
+        self.side, self.n_classes, self.n_embd, self.n_head = size // 4, n_classes, n_embd, n_head
+        self.n_codes, self.beta, self.charge = n_codes, beta, charge
         conv = lambda n_in, n_out: nn.Conv2d(n_in, n_out, 3, padding=1)
         self.encoder = nn.Sequential(nn.PixelUnshuffle(4), conv(16, channels), nn.SiLU(),
                                      conv(channels, channels), nn.SiLU(), conv(channels, code_dim))
@@ -111,8 +111,9 @@ class VQVAE(nn.Module):
         """Logits (B, T, n_codes) of codes start to end - 1, each from those before it."""
         past = F.pad(codes, (1, -1), value=self.n_codes)[:, start:end]
         h = self.token(past) + self.place[start:end] + self.embed(codes, y)[:, None]
-        for n, block in enumerate(self.blocks):
-            h = block(h, None if caches is None else caches[n])
+        caches = [None] * len(self.blocks) if caches is None else caches
+        for block, cache in zip(self.blocks, caches):
+            h = block(h, cache)
         return self.head(F.layer_norm(h, h.shape[-1:])).float()
 
     @torch.no_grad()
@@ -125,8 +126,7 @@ class VQVAE(nn.Module):
         self.codebook.copy_(some.where(dead[:, None], self.codebook))
         self.usage.masked_fill_(dead, 1)
 
-    def forward(self, x, y=None):
-        """x (B, 1, H, W) in {0, 1} -> z_e, codes (B, 49), logits of the image and of the codes."""
+    def forward(self, x, y=None):  # x in {0, 1} -> z_e, codes (B, 49), logits of x, of the codes
         z_e = self.encode(x)
         if self.training:
             self.restart(z_e)
@@ -136,9 +136,9 @@ class VQVAE(nn.Module):
 
     def scan(self, codes, y):
         """Yields the logits (B, n_codes) of each code in order; the caller then writes it."""
-        shape = len(codes), self.n_head, codes.shape[1], self.n_embd // self.n_head
-        caches = self.place.new_zeros(len(self.blocks), 2, *shape)
-        for i in range(codes.shape[1]):
+        shape = len(codes), self.n_head, codes[0].numel(), self.n_embd // self.n_head
+        caches = self.label.weight.new_zeros(len(self.blocks), 2, *shape)
+        for i in range(codes[0].numel()):
             yield self.prior(codes, y, i, i + 1, caches[..., : i + 1, :])[:, 0]
 
     def loss(self, x, y=None):
@@ -170,13 +170,13 @@ class VQVAE(nn.Module):
         top (n, h): the first h codes, or None to draw these, too
         guidance: 0 ignores y, 1 draws from p(codes | y), more exaggerates what y adds
         """
-        top = torch.empty(n, 0, dtype=torch.int64, device=self.place.device) if top is None else top
+        top = self.label.weight.new_zeros(n, 0, dtype=torch.int64) if top is None else top
         codes = F.pad(top, (0, len(self.place) - top.shape[1]))  # (n, 49), still empty at the end
         scans = [self.scan(codes, y)] + [self.scan(codes, None)] * (y is not None and guidance != 1)
         for i, (logits, *free) in enumerate(zip(*scans)):
             if free:
                 logits = free[0] + guidance * (logits - free[0])
-            if i >= top.shape[1]:
+            if i >= top[0].numel():
                 codes[:, i] = logits.softmax(1).multinomial(1)[:, 0]
         return self.decode(self.codebook[codes]).sigmoid()
 
@@ -188,14 +188,14 @@ class VQVAE(nn.Module):
         x, s = torch.bernoulli(x), self.side
         z_e, codes, logits, _ = self(x)
         maps = F.interpolate(codes.view(-1, 1, s, s) / (self.n_codes - 1), scale_factor=4)  # as x
-        trios = torch.cat(sum(zip(x.split(10), maps.split(10), logits.sigmoid().split(10)), ()))
-        top, maps[:, :, s // 2 * 4 :] = codes[:10, : s // 2 * s], 0.5
-        halves = torch.cat([x[:10], maps[:10], self.sample(4 * len(top), top=top.repeat(4, 1))])
+        rows = torch.cat(sum(zip(x.split(10), maps.split(10), logits.sigmoid().split(10)), ()))
+        top, maps[:, :, s // 2 * 4 :] = codes[:10, : s // 2 * s].repeat(4, 1), 0.5
+        halves = torch.cat([x[:10], maps[:10], self.sample(len(top), top=top)])
         a, b = z_e[:, None], z_e.roll(-1, 0)[:, None]  # (N, 1, 49, code_dim): each and the next
         line = a + (b - a) * torch.linspace(0, 1, 10, device=x.device)[:, None, None]
         z_q = self.codebook[self.distance(line.flatten(0, 1)).argmin(2)]  # (10 N, 49, code_dim)
         between = self.decode(z_q).sigmoid()
-        return {"reconstruction": trios, "completion": halves, "interpolation": between}
+        return {"reconstruction": rows, "completion": halves, "interpolation": between}
 
 
 # ---------------------------------------------------------------- train
@@ -265,8 +265,8 @@ def main(argv=None, Model=VQVAE, epochs=20, batch_size=64, lr=5e-3):  # to suit 
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             total += loss.detach()
+            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
             if sys.stdout.isatty() and step % 10 == 0:
                 pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
                 print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"

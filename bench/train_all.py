@@ -7,7 +7,9 @@ Each script gets an equal share of the minutes, and at least one epoch. The firs
 steps of each, plans the epochs that fit into nine tenths of its share (the rest is for tests,
 samples and pictures), and keeps the plan in out/bench/plan.json, so that a later start goes on with
 the same schedule; delete that file and out/<script> to plan and train anew. With --labels, all go
-into out/<script>-labels and learn the labels, too: bench/compare.py measures what these draw.
+into out/<script>-labels and learn the labels, too: bench/compare.py measures what these draw. It
+is run at the end if all ten have been trained. --profile times 20 steps of each script instead, and
+says what they wait for: the launches of kernels, memory, or arithmetic.
 """
 
 import argparse
@@ -19,26 +21,59 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 SCRIPTS = "rnn made wavenet pixelcnn gatedcnn transformer vae vqvae gan diffusion".split()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def seconds_an_epoch(script, images=60_000):
-    """Times the loss and its gradients in bfloat16 on random images."""
-    _, Model, _, batch_size, _ = importlib.import_module(script).main.__defaults__
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Model().to(device, memory_format=torch.channels_last)
-    x, times = torch.rand(batch_size, 1, 28, 28, device=device), []
-    for _ in range(8):
-        start = time.time()
-        with torch.autocast(device, torch.bfloat16):
+def trainer(script):
+    """-> a function that makes one training step on random images and waits for its end; steps an
+    epoch of 60,000 images."""
+    _, Model, _, batch_size, lr = importlib.import_module(script).main.__defaults__
+    model = Model().to(DEVICE, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr / 100, fused=True)
+    x = torch.rand(batch_size, 1, 28, 28, device=DEVICE)
+
+    def step():
+        with torch.autocast(DEVICE, torch.bfloat16):
             loss, _ = model.loss(x)
+        optimizer.zero_grad()
         loss.backward()
-        loss.item()  # waits for a GPU
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step, 60_000 // batch_size
+
+
+def seconds(function, n):
+    """Median of n calls, after three that do not count."""
+    times = []
+    for _ in range(n + 3):
+        start = time.time()
+        function()
         times.append(time.time() - start)
-    return sorted(times)[len(times) // 2] * (images // batch_size)
+    return sorted(times[3:])[n // 2]
+
+
+def profile(script, peak):
+    """Print what an epoch takes and what bounds it; peak: operations a second of a product."""
+    step, steps = trainer(script)
+    duration = seconds(step, 20)
+    with FlopCounterMode(display=False) as counter:  # products and convolutions; not LSTMs
+        step()
+    with torch.profiler.profile() as profiler:
+        for _ in range(20):
+            step()
+    share = counter.get_total_flops() / duration / peak
+    busy = sum(event.self_device_time_total for event in profiler.key_averages()) / 20e6 / duration
+    bound = "memory" if share < 0.2 else "arithmetic"
+    bound = "launches" if DEVICE == "cuda" and busy < 0.7 else bound
+    times = f"{1000 * duration:.1f} | {steps * duration:.1f}"
+    print(f"| {script} | {times} | {busy:.0%} | {share:.1%} | {bound} |", flush=True)
 
 
 def main(argv=None):
@@ -47,7 +82,15 @@ def main(argv=None):
     flag("--minutes", type=float, default=180, help="for all scripts together (%(default)s)")
     flag("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS, help="(default: all ten)")
     flag("--labels", action="store_true", help="--class-cond for all, into out/<script>-labels")
+    flag("--profile", action="store_true", help="no training: time 20 steps of each")
     args = parser.parse_args(argv)
+    if args.profile:
+        a = torch.randn(4096 if DEVICE == "cuda" else 1024, 4096, device=DEVICE).bfloat16()
+        peak = 2 * len(a) ** 2 * 4096 / seconds(lambda: (a @ a.T).sum().item(), 10)
+        print(f"a bf16 product makes {peak / 1e12:.3g} Tflop/s on this {DEVICE}\n\n"
+              "| script | ms/step | s/epoch | GPU busy | share of product | bound by |\n"
+              "|---|---|---|---|---|---|")  # fmt: skip
+        return [profile(script, peak) for script in args.scripts]
     if args.minutes <= 0:
         parser.error("--minutes must be above 0")
     path = Path("out/bench/plan.json")
@@ -56,7 +99,8 @@ def main(argv=None):
         out = f"out/{script}" + "-labels" * args.labels
         if out not in plan:
             share = 0.9 * 60 * args.minutes / len(args.scripts)
-            plan[out] = max(1, int(share / seconds_an_epoch(script)))
+            step, steps = trainer(script)
+            plan[out] = max(1, int(share / (steps * seconds(step, 5))))
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(plan))
         model, epochs = Path(out, "model.pt"), plan[out]
@@ -68,6 +112,8 @@ def main(argv=None):
         command += ["--out-dir", out, *["--class-cond"] * args.labels, *["--resume"] * (done > 0)]
         if subprocess.run(command).returncode:
             sys.exit(f"{script}.py stopped; start again to go on")
+    if args.scripts == SCRIPTS and not args.labels:
+        subprocess.run([sys.executable, str(ROOT / "bench/compare.py")])
 
 
 if __name__ == "__main__":
