@@ -1,6 +1,6 @@
 """Gated PixelCNN: one stack of convolutions looks up, one looks left, and no blind spot.
 
-    python gatedcnn.py --epochs 2      # 19 minutes on 1 CPU core: test nll 83.46 nats (seed 0)
+    python gatedcnn.py --epochs 2      # 8 minutes on 2 CPU cores: test nll 83.56 nats (seed 0)
 
 Van den Oord et al. 2016, arXiv:1606.05328; the sampler: Ramachandran et al. 2017, arXiv:1704.06001.
 Departures: a shift of the input instead of masks, embeddings of row and column, EMA.
@@ -17,7 +17,7 @@ Maths   log p(x) = sum_i log p(x_i | x_<i),  p(x_i = 1 | x_<i) = sigmoid(logits_
 Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
         drawn anew each time; v, h (B, 28, 28, channels), channels last for the linear layers.
 Units   nll: nats/image, sum over pixels, mean over images; bpd = nll / (784 log 2): bits a pixel.
-Healthy Knowing nothing costs 543 nats; one epoch brings the nll to 84.5, two to 83.5.
+Healthy Knowing nothing costs 543 nats; one epoch brings the nll to 84.6, two to 83.6.
 """
 
 import argparse

@@ -1041,7 +1041,7 @@ def test_bench_compare_fills_the_readme_and_goes_on(monkeypatch, tmp_path, capsy
     assert text.startswith("before\n" + compare.START) and text.endswith(compare.END + "after\n")
     rows = [line.split(" | ") for line in text.split("\n") if line.startswith("| ")]
     assert [len(row) for row in rows] == [14] * 5  # the names, two sorts of data, two models
-    assert rows[1][8] == rows[2][8] == "1" and float(rows[4][8]) > 10  # ratios
+    assert rows[1][8] == rows[2][8] == "1.0" and float(rows[4][8]) > 10  # ratios
     assert rows[4][13].endswith("% |") and "%" not in rows[3][13] and rows[3][2:4] == ["3", "3"]
     with Image.open("assets/samples.png") as samples, Image.open("assets/progress.gif") as progress:
         assert samples.size == (374, 92) and progress.n_frames > 1 and progress.format == "GIF"

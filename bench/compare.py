@@ -162,11 +162,13 @@ def row(name, figures, floor):
     """A line of the table, empty where a figure is missing."""
     show = {key: f"{value:,}" for key, value in figures.items()}
     show["model"] = f"[{name}.py]({name}.py)" if name in SCRIPTS else name
-    for key, form in {"s/epoch": ".0f", "100 in": ".3g", "Frechet": ".2f", "KID": ".2f",
+    for key, form in {"s/epoch": ".0f", "100 in": ".2f", "Frechet": ".2f", "KID": ".1f",
                       "precision": ".2f", "recall": ".2f", "labels": ".1%"}.items():  # fmt: skip
         show[key] = format(figures[key], form) if key in figures else ""
     show["100 in"] += " s" * ("100 in" in figures)
-    show["ratio"] = f"{figures['Frechet'] / floor:.2g}"
+    show["labels"] = show["labels"].replace("%", " %")
+    ratio = figures["Frechet"] / floor
+    show["ratio"] = f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
     show["digits"] = f"{100 * figures['rarest']:.0f}-{100 * figures['commonest']:.0f} %"
     nats = [figures[key] for key in ("nll", "neg_elbo", "iwae") if key in figures]
     bound = "" if "nll" in figures else "< "
