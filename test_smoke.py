@@ -1074,3 +1074,10 @@ def test_bench_train_all_plans_and_goes_on(monkeypatch, tmp_path):
     assert ran[2:] == [[*planned[1], "--resume"]]
     train_all.main([*flags[:4], "--labels"])
     assert ran[3:] == [["vae.py", "--epochs", "5", "--out-dir", "out/vae-labels", "--class-cond"]]
+
+
+def test_bench_profile_counts_operations(monkeypatch):
+    a = torch.ones(2, 3, requires_grad=True)
+    with bench("train_all", monkeypatch).Counter() as counter:
+        (a @ torch.ones(3, 4)).sum().backward()
+    assert counter.total == 2 * 48  # 2 * 2 * 3 * 4 forward, as many backward: one input needs it
