@@ -440,15 +440,10 @@ def test_vqvae_each_term_moves_its_own_part():
     torch.testing.assert_close(torch.autograd.grad(terms["recon"], model.offset), expected)
 
 
-def every_map(n_codes, places):
-    digits = torch.arange(n_codes**places)[:, None] // n_codes ** torch.arange(places)
-    return digits % n_codes
-
-
 def test_vqvae_prior_sums_to_one_and_bounds_the_likelihood():
     model = perturb(tiny("vqvae", n_codes=3, size=8)).double().eval()
     model.codebook.data.normal_()
-    codes = every_map(3, 4)
+    codes = torch.arange(81)[:, None] // 3 ** torch.arange(4) % 3  # all maps of 2 x 2 codes
     for y in (None, torch.full((81,), 7)):
         logp = model.prior(codes, y).log_softmax(2).gather(2, codes[..., None]).sum((1, 2))
         assert abs(logp.exp().sum() - 1) < 1e-6 and logp.std() > 0.1

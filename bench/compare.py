@@ -39,8 +39,8 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from classifier import WEIGHTS, load_classifier
 from common import load_mnist, save_images
+from train_all import SCRIPTS
 
-SCRIPTS = "rnn made wavenet pixelcnn gatedcnn transformer vae vqvae gan diffusion".split()
 GREY = "gan", "diffusion"
 START, END = "<!-- bench/compare.py writes from here -->\n", "<!-- to here -->\n"
 COLUMNS = ("model", "parameters", "epochs", "s/epoch", "nats", "bits/dim", "100 in", "Frechet",
@@ -158,18 +158,17 @@ def floor(n, data, train_x):
     return {key: sum(f[key] for f in figures) / len(figures) for key in figures[0]}
 
 
-def row(name, figures, floor):
-    """A line of the table, empty where a figure is missing."""
-    show = {key: f"{value:,}" for key, value in figures.items()}
+def row(name, figures, real):
+    """A line of the table, empty where a figure is missing; real: Frechet of training images."""
+    forms = {"s/epoch": "{:.0f}", "100 in": "{:.2f} s", "Frechet": "{:.2f}", "KID": "{:.1f}",
+             "precision": "{:.2f}", "recall": "{:.2f}"}  # fmt: skip
+    show = {key: forms.get(key, "{:,}").format(value) for key, value in figures.items()}
     show["model"] = f"[{name}.py]({name}.py)" if name in SCRIPTS else name
-    for key, form in {"s/epoch": ".0f", "100 in": ".2f", "Frechet": ".2f", "KID": ".1f",
-                      "precision": ".2f", "recall": ".2f", "labels": ".1%"}.items():  # fmt: skip
-        show[key] = format(figures[key], form) if key in figures else ""
-    show["100 in"] += " s" * ("100 in" in figures)
-    show["labels"] = show["labels"].replace("%", " %")
-    ratio = figures["Frechet"] / floor
+    ratio = figures["Frechet"] / real
     show["ratio"] = f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
     show["digits"] = f"{100 * figures['rarest']:.0f}-{100 * figures['commonest']:.0f} %"
+    if "labels" in figures:
+        show["labels"] = f"{100 * figures['labels']:.1f} %"
     nats = [figures[key] for key in ("nll", "neg_elbo", "iwae") if key in figures]
     bound = "" if "nll" in figures else "< "
     show["nats"] = ", ".join(f"{bound}{value:.2f}" for value in nats)
@@ -224,30 +223,32 @@ def main(argv=None):
     for script in args.scripts:
         if not Path(f"out/{script}/model.pt").exists():
             sys.exit(f"no out/{script}/model.pt: train it first, with python {script}.py")
-    text = args.readme.read_text()
-    if args.scripts == SCRIPTS and (START not in text or END not in text):
+    whole, text = args.scripts == SCRIPTS, args.readme.read_text()
+    if whole and (START not in text or END not in text):
         sys.exit(f"{args.readme} has no lines {START.strip()} and {END.strip()}")
     device, n = "cuda" if torch.cuda.is_available() else "cpu", args.samples
     train_x, _, test_x, _ = load_mnist(args.data_dir, device=device)
-    sets = [Data(test_x, load_classifier(device), device, binary) for binary in (False, True)]
+    classifier = load_classifier(device)
+    sets = [Data(test_x, classifier, device, binary) for binary in (False, True)]
     key = [n, device, WEIGHTS.stat().st_mtime]
     floors = [kept(f"data-{i}", key, floor, n, data, train_x) for i, data in enumerate(sets)]
     table = "| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS) + "\n"
     for i, name in enumerate(("training images, grey", "training images, binarised")):
         table += row(name, floors[i], floors[i]["Frechet"])
     for script in args.scripts:
-        i = script not in GREY
+        binary = script not in GREY
         paths = [Path(f"out/{script}{kind}/model.pt") for kind in ("", "-labels")]
         times = [path.stat().st_mtime for path in paths if path.exists()]
-        figures = kept(script, [*key, *times], measure, script, n, sets[i], test_x, device)
-        table += row(script, figures, floors[i]["Frechet"])
+        figures = kept(script, [*key, *times], measure, script, n, sets[binary], test_x, device)
+        table += row(script, figures, floors[binary]["Frechet"])
         print(table.split("\n")[-2], flush=True)
     where = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
     table += f"\n{n:,} samples of each model; torch {torch.__version__}, {where}.\n"
-    if args.scripts != SCRIPTS:
+    if not whole:
         return print(table)
-    before, after = text.split(START)[0], text.split(END)[1]
     pictures(args.readme.parent / "assets", test_x, device)
+    text = args.readme.read_text()  # only now: it may have been edited in the meantime
+    before, after = text.split(START)[0], text.split(END)[1]
     args.readme.write_text(before + START + "\n" + table + "\n" + END + after)
     print(f"wrote {args.readme} and {args.readme.parent / 'assets'}")
 
