@@ -185,9 +185,9 @@ def main(argv=None, Model=GAN, epochs=20, batch_size=64, lr=4e-3):  # to suit Mo
     last, turns = args.epochs * steps, [(model.d_loss, d_optimizer), (model.g_loss, g_optimizer)]
     if args.compile: model.generator.compile()  # not D: r1 has a second derivative
     print(f"{out}: epochs {len(log) + 1} to {args.epochs} of {steps} steps on {device}", flush=True)
-    for epoch in range(len(log) + 1, args.epochs + 1):
-        order = torch.randperm(len(train_x), generator=torch.manual_seed(args.seed << 20 | epoch))
-        total, start = 0, time.time()  # lr: up for 2 % of all steps, then straight down to 0
+    for epoch in range(len(log) + 1, args.epochs + 1):  # lr: up for 2 % of the run, then down to 0
+        torch.manual_seed(args.seed << 20 | epoch)  # the same order and noise after --resume
+        order, total, start = torch.randperm(len(train_x)).to(device), 0, time.time()
         for step, i in enumerate(order.split(args.batch_size)[:steps], (epoch - 1) * steps + 1):
             for loss_fn, optimizer in turns:
                 optimizer.param_groups[0]["lr"] = args.lr * min(50 * step, last + 1 - step) / last

@@ -173,9 +173,9 @@ def main(argv=None, Model=PixelRNN, epochs=10, batch_size=64, lr=5e-3):  # to su
     steps = len(train_x) // args.batch_size or parser.error("--batch-size exceeds the images")
     last, loss_fn = args.epochs * steps, torch.compile(model.loss) if args.compile else model.loss
     print(f"{out}: epochs {len(log) + 1} to {args.epochs} of {steps} steps on {device}", flush=True)
-    for epoch in range(len(log) + 1, args.epochs + 1):
-        order = torch.randperm(len(train_x), generator=torch.manual_seed(args.seed << 20 | epoch))
-        total, start = 0, time.time()  # lr: up for 2 % of all steps, then straight down to 0
+    for epoch in range(len(log) + 1, args.epochs + 1):  # lr: up for 2 % of the run, then down to 0
+        torch.manual_seed(args.seed << 20 | epoch)  # the same order and noise after --resume
+        order, total, start = torch.randperm(len(train_x)).to(device), 0, time.time()
         for step, i in enumerate(order.split(args.batch_size)[:steps], (epoch - 1) * steps + 1):
             optimizer.param_groups[0]["lr"] = args.lr * min(50 * step, last + 1 - step) / last
             loss, _ = amp(loss_fn)(train_x[i] / 255, train_y[i] if args.class_cond else None)

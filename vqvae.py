@@ -120,7 +120,7 @@ class VQVAE(nn.Module):
     def restart(self, z_e):
         """Move each code that is hardly ever used to one of these z_e (B, 49, code_dim)."""
         z_e, codes = z_e.flatten(0, 1), self.distance(z_e).argmin(2).flatten()
-        share = codes.bincount(minlength=self.n_codes) / len(codes)
+        share = codes.float().histc(self.n_codes, 0, self.n_codes) / len(codes)  # counts
         dead = self.usage.lerp_(share * self.n_codes, 0.01) < 0.02  # some 390 batches unused
         some = z_e[torch.randint(len(z_e), dead.shape, device=dead.device)]
         self.codebook.copy_(some.where(dead[:, None], self.codebook))
@@ -158,7 +158,7 @@ class VQVAE(nn.Module):
         choice = (-self.distance(z_e)).softmax(2)
         rate = -(choice * code_logits.detach().log_softmax(2)).sum() / len(x)
         loss = recon + codebook + self.beta * commit + prior + self.charge * rate
-        share = codes.flatten().bincount(minlength=self.n_codes) / codes.numel()
+        share = codes.float().histc(self.n_codes, 0, self.n_codes) / codes.numel()
         perplexity = torch.special.entr(share).sum().exp()
         return loss, {"neg_elbo": recon + prior, "recon": recon, "prior": prior,
                       "commit": commit, "perplexity": perplexity}
@@ -255,9 +255,9 @@ def main(argv=None, Model=VQVAE, epochs=20, batch_size=64, lr=5e-3):  # to suit 
     steps = len(train_x) // args.batch_size or parser.error("--batch-size exceeds the images")
     last, loss_fn = args.epochs * steps, torch.compile(model.loss) if args.compile else model.loss
     print(f"{out}: epochs {len(log) + 1} to {args.epochs} of {steps} steps on {device}", flush=True)
-    for epoch in range(len(log) + 1, args.epochs + 1):
-        order = torch.randperm(len(train_x), generator=torch.manual_seed(args.seed << 20 | epoch))
-        total, start = 0, time.time()  # lr: up for 2 % of all steps, then straight down to 0
+    for epoch in range(len(log) + 1, args.epochs + 1):  # lr: up for 2 % of the run, then down to 0
+        torch.manual_seed(args.seed << 20 | epoch)  # the same order and noise after --resume
+        order, total, start = torch.randperm(len(train_x)).to(device), 0, time.time()
         for step, i in enumerate(order.split(args.batch_size)[:steps], (epoch - 1) * steps + 1):
             optimizer.param_groups[0]["lr"] = args.lr * min(50 * step, last + 1 - step) / last
             loss, _ = amp(loss_fn)(train_x[i] / 255, train_y[i] if args.class_cond else None)

@@ -4,23 +4,25 @@
     python bench/train_all.py --minutes 20 --scripts vae gan --labels
 
 Each script gets an equal share of the minutes, and at least one epoch. The first start times a few
-steps of each, plans the epochs that fit into nine tenths of its share (the rest is for tests,
-samples and pictures), and keeps the plan in out/bench/plan.json, so that a later start goes on with
-the same schedule; delete that file and out/<script> to plan and train anew. With --labels, all go
-into out/<script>-labels and learn the labels, too: bench/compare.py measures what these draw. It
-is run at the end if all ten have been trained. --profile times 20 steps of each script instead, and
-says what they wait for: the launches of kernels, memory, or arithmetic.
+steps, a test and a grid of samples of each, plans the epochs that fit into nine tenths of its share
+(the rest is for start and end), and keeps the plan in out/bench/plan.json, so that a later start
+goes on with the same schedule; delete that file and out/<script> to plan and train anew. With
+--labels, all go into out/<script>-labels and learn the labels, too: bench/compare.py measures what
+these draw. It is run at the end if all ten have been trained. --profile times 20 steps of each
+script instead, and says what they wait for: the launches of kernels, memory, or arithmetic.
 """
 
 import argparse
 import importlib
 import json
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -31,8 +33,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def trainer(script):
-    """-> a function that makes one training step on random images and waits for its end; steps an
-    epoch of 60,000 images."""
+    """-> three functions: a training step on random images, a test of 500, 100 samples, each of
+    which waits for its end; and the steps of an epoch of 60,000 images."""
     _, Model, _, batch_size, lr = importlib.import_module(script).main.__defaults__
     model = Model().to(DEVICE, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr / 100, fused=True)
@@ -47,17 +49,21 @@ def trainer(script):
         optimizer.step()
         return loss.item()
 
-    return step, 60_000 // batch_size
+    def test():
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return model.loss(torch.rand(500, 1, 28, 28, device=DEVICE))[0].item()
+
+    return step, test, lambda: model.sample(100).sum().item(), 60_000 // batch_size
 
 
-def seconds(function, n):
-    """Median of n calls, after three that do not count."""
+def seconds(function, n, warm_up=3):
+    """Median of n calls, after some that do not count."""
     times = []
-    for _ in range(n + 3):
+    for _ in range(warm_up + n):
         start = time.time()
         function()
         times.append(time.time() - start)
-    return sorted(times[3:])[n // 2]
+    return sorted(times[warm_up:])[n // 2]
 
 
 class Counter(TorchDispatchMode):
@@ -76,7 +82,7 @@ class Counter(TorchDispatchMode):
 
 def profile(script, peak):
     """Print what an epoch takes and what bounds it; peak: operations a second of a product."""
-    step, steps = trainer(script)
+    step, _, _, steps = trainer(script)
     duration = seconds(step, 20)
     with Counter() as counter:
         step()
@@ -84,7 +90,9 @@ def profile(script, peak):
         for _ in range(20):
             step()
     share = counter.total / duration / peak
-    busy = sum(event.self_device_time_total for event in profiler.key_averages()) / 20e6 / duration
+    kernels = [event.self_device_time_total for event in profiler.key_averages()
+               if event.device_type != DeviceType.CPU and not event.is_user_annotation]  # fmt: skip
+    busy = sum(kernels) / 20e6 / duration  # microseconds of 20 steps
     bound = "memory" if share < 0.2 else "arithmetic"
     bound = "launches" if DEVICE == "cuda" and busy < 0.7 else bound
     times = f"{1000 * duration:.1f} | {steps * duration:.1f}"
@@ -114,8 +122,9 @@ def main(argv=None):
         out = f"out/{script}" + "-labels" * args.labels
         if out not in plan:
             share = 0.9 * 60 * args.minutes / len(args.scripts)
-            step, steps = trainer(script)
-            plan[out] = max(1, int(share / (steps * seconds(step, 5))))
+            step, test, sample, steps = trainer(script)
+            epoch = steps * seconds(step, 5) + 20 * seconds(test, 1, 1) + seconds(sample, 1, 1)
+            plan[out] = max(1, int(share / epoch))
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(plan))
         model, epochs = Path(out, "model.pt"), plan[out]
@@ -132,6 +141,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else a script would train on alone
     try:
         main()
     except KeyboardInterrupt:
