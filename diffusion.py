@@ -1,6 +1,6 @@
 """Diffusion: learn to take a little noise off an image, then turn pure noise into a digit.
 
-    python diffusion.py --epochs 10      # 4 minutes on 2 CPU cores: test loss 0.1236 (seed 0)
+    python diffusion.py --epochs 10      # 7 minutes on 2 CPU cores: test loss 0.1373 (seed 0)
 
 Ho et al. 2020 (DDPM), arXiv:2006.11239; its ODE: Song et al. 2020 (DDIM), arXiv:2010.02502;
 v-prediction: Salimans and Ho 2022, arXiv:2202.00512; guidance: Ho and Salimans 2022,
@@ -14,8 +14,10 @@ Idea    Mix an image with noise, more and more, until nothing of it is left. A n
 Maths   t runs from 0, the image x0, to 1, the noise eps ~ N(0, 1); training covers both ends.
             x_t = cos(a) x0 + sin(a) eps,  a = t pi / 2
         On this circle the velocity is v = dx_t/da = cos(a) eps - sin(a) x0; the network learns
-            loss = E || v(x_t, t) - v ||^2 / 784,
-        whose minimum is the mean of v given x_t. Knowing v is knowing x0 and eps:
+            loss = E || v(x_t, t) - v ||^2 / 784,  t of density 2 t in [0, 1]
+        whose minimum is, for any density, the mean of v given x_t. This one practises most where
+        it is decided which digit will be drawn, and least where only its edges are left to do.
+        Knowing v is knowing x0 and eps:
             x0 = cos(a) x_t - sin(a) v,  eps = sin(a) x_t + cos(a) v.
         To predict eps tells nothing at t = 1 (it is x_t), x0 nothing at t = 0; v is fair to both.
         Learning v is learning the score: grad log p(x_t) = -E[eps | x_t] / sin(a).
@@ -28,7 +30,7 @@ Shapes  x (B, 1, 28, 28) in [0, 1] outside, x0 in [-1, 1] inside, like the noise
         x_t, v, eps (B, 1, 28, 28); t (B,) in [0, 1]; y (B,) in 0..9. size: a multiple of 4.
 Units   loss: mean squared error of v a pixel. It is no likelihood and ranks no other models.
 Healthy The loss falls fast to 0.15, then slowly, and stays far above 0, as x_t does not determine
-        v. The samples are strokes after one epoch and mostly digits after five.
+        v. About half of the samples are digits after one epoch, and most after five.
 """
 
 import argparse
@@ -80,7 +82,7 @@ def slerp(a, b, n=10):
 class Diffusion(nn.Module):
     """A U-Net v(x_t, t, y) over two resolutions, and the process that it undoes."""
 
-    def __init__(self, *, channels=32, n_inner=2, n_embd=128, size=28, n_classes=10):
+    def __init__(self, *, channels=32, n_inner=4, n_embd=128, size=28, n_classes=10):
         super().__init__()
         self.size, self.n_classes = size, n_classes
         self.register_buffer("freqs", torch.logspace(0, 3, n_embd // 2), persistent=False)
@@ -120,8 +122,9 @@ class Diffusion(nn.Module):
         x0 = 2 * x - 1
         if y is not None and self.training:  # hide 1 label in 10: one model with and without them
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
-        # one random t in each of B equal slices of [0, 1]: less variance than B independent ones
-        t = (torch.arange(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
+        # one random u in each of B equal slices of [0, 1]: less variance than B independent ones
+        u = (torch.arange(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
+        t = u.sqrt()  # density 2 t: more often near 1, where it is decided what will be drawn
         x_t, v = self.diffuse(x0, t, torch.randn_like(x0))
         loss = F.mse_loss(self(x_t, t, y), v)
         return loss, {"loss": loss}
@@ -177,7 +180,7 @@ def evaluate(measure, images, batch_size=500):
     return dict(total)
 
 
-def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=3e-3):  # to suit Model
+def main(argv=None, Model=Diffusion, epochs=10, batch_size=64, lr=5e-3):  # to suit Model
     kinds = ["mps"] * torch.mps.is_available() + ["cpu"] + ["cuda"] * torch.cuda.is_available()
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
     flag = parser.add_argument

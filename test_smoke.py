@@ -375,7 +375,8 @@ def test_diffusion_marginals_and_both_ends():
     for _ in range(20):
         model.loss(torch.rand(128, 1, 28, 28))
     times = torch.stack(times)
-    assert times.min() < 0.001 and 0.999 < times.max() <= 1 and abs(times.mean() - 0.5) < 0.005
+    assert times.min() < 0.05 and 0.999 < times.max() <= 1
+    assert abs(times.square().mean() - 0.5) < 0.005  # density 2 t
 
 
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.7, 0.0), (-0.4, 0.5), (0.3, 2.0)])
