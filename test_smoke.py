@@ -194,13 +194,13 @@ def test_a_gpu_is_never_waited_for(name):
     """On the meta device all tensors are empty: to read one, or to leave one behind, raises."""
     model = tiny(name, size=4).to("meta")
     x, y = torch.empty(4, 1, 4, 4, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
+    outputs = [model.sample(4, y), *model.pictures(x).values()]
+    outputs += model.bound(x, k=2)[1].values() if hasattr(model, "bound") else []
     for labels in None, y:
         loss, metrics = model.loss(x, labels)
         loss.backward()
-        outputs = [loss, *metrics.values(), model.sample(3), model.sample(4, y)]
-        outputs += model.eval().pictures(x).values()
-        outputs += model.bound(x, k=2)[1].values() if hasattr(model, "bound") else []
-        assert {output.device.type for output in outputs} == {"meta"}
+        outputs += metrics.values()
+    assert {output.device.type for output in outputs} == {"meta"}
 
 
 # ------------------------------------------------------------------ 3.-5. autoregressive models
@@ -565,10 +565,10 @@ def test_gan_reaches_every_digit():
         (model.d_loss, torch.optim.AdamW(model.discriminator.parameters(), betas=(0.0, 0.99))),
         (model.g_loss, torch.optim.AdamW(model.generator.parameters(), betas=(0.0, 0.99))),
     ]
-    for step in range(300):
+    for step in range(200):
         x = IMAGES[0][torch.randint(60_000, (64,))] / 255
         for loss_fn, optimizer in players:
-            optimizer.param_groups[0]["lr"] = 4e-3 * min(1, step / 10, 2 - step / 150)
+            optimizer.param_groups[0]["lr"] = 3e-3 * min(1, step / 10, 2 - step / 100)
             loss, _ = loss_fn(x)
             optimizer.zero_grad()
             loss.backward(inputs=optimizer.param_groups[0]["params"])
