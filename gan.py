@@ -54,7 +54,7 @@ class Generator(nn.Module):
 
     def forward(self, z, y):
         h = self.stem(z + self.label(y)).view(-1, *self.grid)  # (B, 7, 7, 2 C)
-        for layer in self.mix, self.up, self.head:  # the norm is over the channels of a pixel
+        for layer in self.mix, self.up, self.head:  # 7, 14, 28 wide; norm of a pixel's channels
             h = layer(F.layer_norm(h, h.shape[-1:]).relu().movedim(3, 1)).movedim(1, 3)
         return h.movedim(3, 1).tanh()  # (B, 1, 28, 28)
 

@@ -191,7 +191,7 @@ def test_copied_alone(name, tmp_path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_gpu_is_never_waited_for(name):
-    """On the meta device nothing has a value: to read one raises, as does many a CPU tensor."""
+    """On the meta device nothing has a value: to read one raises, like most uses of the CPU."""
     model = tiny(name, size=4).to("meta")
     x, y = torch.empty(4, 1, 4, 4, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
     outputs = [model.sample(4, y), *model.pictures(x).values()]

@@ -120,7 +120,7 @@ class VQVAE(nn.Module):
     def restart(self, z_e):
         """Move each code that is hardly ever used to one of these z_e (B, 49, code_dim)."""
         z_e, codes = z_e.flatten(0, 1), self.distance(z_e).argmin(2).flatten()
-        share = codes.float().histc(self.n_codes, 0, self.n_codes) / len(codes)  # counts
+        share = codes.float().histc(self.n_codes, 0, self.n_codes) / len(codes)
         dead = self.usage.lerp_(share * self.n_codes, 0.01) < 0.02  # some 390 batches unused
         some = z_e[torch.randint(len(z_e), dead.shape, device=dead.device)]
         self.codebook.copy_(some.where(dead[:, None], self.codebook))
