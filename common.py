@@ -1,14 +1,16 @@
 """Data in, pictures out: what the ten scripts import from here, and nothing else.
 
 train_x, train_y, test_x, test_y = load_mnist()    # uint8 images (N, 1, 28, 28), int64 labels (N,)
-save_images(images, "out/grid")                    # (N, 1, H, W) -> PNG, (T, N, 1, H, W) -> GIF
+save_images(images, "out/grid.png")                # a grid; .gif an animation; .npy the numbers
 """
 
 import gzip
+import hashlib
 import io
 import os
-import socket
-import tempfile
+import urllib.request
+import uuid
+import zlib
 from http.client import HTTPException
 from pathlib import Path
 
@@ -16,83 +18,161 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision import datasets
-from torchvision.datasets.utils import check_integrity, download_url
 from torchvision.utils import make_grid
 
+# md5 of what is inside the files, for copies that were compressed anew, as some Linux distributions
+# ship them; those of the files as they were published are torchvision's
+UNPACKED_MD5 = {
+    "MNIST": {
+        "train-images-idx3-ubyte.gz": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte.gz": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte.gz": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte.gz": "27ae3e4e09519cfbb04c329615203637",
+    },
+    "FashionMNIST": {
+        "train-images-idx3-ubyte.gz": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "train-labels-idx1-ubyte.gz": "9018921c3c673c538a1fc5bad174d6f9",
+        "t10k-images-idx3-ubyte.gz": "8181f5470baa50b63fa0f6fddb340f0a",
+        "t10k-labels-idx1-ubyte.gz": "15d484375f8d13e6eb1aabb0c3f46965",
+    },
+}
 
-def load_mnist(data_dir="data", dataset="MNIST", device="cpu"):
+
+def load_mnist(data_dir=None, dataset="MNIST", device="cpu"):
     """Load all 70,000 images as four tensors on one device; files that are missing are downloaded.
 
     The four .gz files in data_dir/dataset/raw are read directly and checked by md5 every time. The
     unpacked copies that torchvision makes beside them carry no checksum, so they are never used.
 
-    data_dir: folder that holds dataset/raw, created if need be
+    data_dir: folder that holds dataset/raw; None: the folder data beside this file
     dataset:  MNIST, FashionMNIST or KMNIST (names, md5 sums and mirrors are torchvision's)
     Returns   train_x (60000, 1, 28, 28) uint8, train_y (60000,) int64, and likewise test_x, test_y
-    Raises    OSError, in one line, if a file is missing or damaged and cannot be downloaded
+    Raises    OSError, in one line, if a file is damaged, or missing and cannot be downloaded; what
+              is there already is never replaced
     """
-    source, raw = getattr(datasets, dataset), Path(data_dir) / dataset / "raw"
+    if data_dir is None:
+        data_dir = Path(__file__).parent / "data"
+    raw = Path(data_dir).expanduser() / dataset / "raw"
+    source = getattr(datasets, dataset)
     tensors = []
     for name, md5 in source.resources:  # train images, train labels, test images, test labels
-        if not check_integrity(raw / name, md5):
-            _download(source, raw, name, md5)
-        data = np.frombuffer(gzip.decompress((raw / name).read_bytes()), np.uint8)  # after a header
-        data = data[16:].reshape(-1, 1, 28, 28) if "images" in name else data[8:].astype(np.int64)
+        path = raw / name
+        if not path.exists():
+            _write(path, _download(source.mirrors, path, md5))
+        data = np.frombuffer(_unpack(path, md5, UNPACKED_MD5.get(dataset, {}).get(name)), np.uint8)
+        if "images" in name:
+            data = data[16:].reshape(-1, 1, 28, 28)  # after a header of 16 bytes
+        else:
+            data = data[8:].astype(np.int64)
         tensors.append(torch.tensor(data, device=device))
     return tensors
 
 
-def _download(source, raw, name, md5):
-    """Fetch one file into a private folder first: processes that start together cannot collide."""
-    raw.mkdir(parents=True, exist_ok=True)
-    socket.setdefaulttimeout(30)  # seconds; without it a dead mirror hangs for ever
-    with tempfile.TemporaryDirectory(dir=raw) as private:
-        for mirror in source.mirrors:
-            try:
-                download_url(mirror + name, private, name, md5)
-                return os.replace(Path(private) / name, raw / name)
-            except (OSError, RuntimeError, HTTPException) as error:
-                reason = str(error).partition("\n")[0] or type(error).__name__
-    files = ", ".join(name for name, _ in source.resources)
+def _md5(data):
+    return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def _unpack(path, md5, unpacked_md5):
+    """The bytes inside a .gz file; OSError unless it is the original, or holds the same."""
+    packed = path.read_bytes()
+    try:
+        data = gzip.decompress(packed)
+    except (OSError, EOFError, zlib.error) as error:
+        raise OSError(f"{path} is damaged ({error}): delete it, and it is downloaded") from error
+    if _md5(packed) != md5 and _md5(data) != unpacked_md5:
+        raise OSError(f"{path} holds other data than the original: move it away, to download that")
+    return data
+
+
+def _download(mirrors, path, md5):
+    """The bytes of the file that is missing at path, from the first mirror that has them."""
+    reasons = []
+    for mirror in mirrors:
+        try:
+            data = _fetch(mirror + path.name)
+        except (OSError, HTTPException) as error:
+            reasons.append(" ".join(str(error).split()) or type(error).__name__)
+            continue
+        if _md5(data) == md5:
+            return data
+        reasons.append(f"{mirror} has another file of that name")
     raise OSError(
-        f"{raw / name} is missing or damaged, and downloading it failed ({reason}): "
-        f"connect to the network, or put the four files {files} into {raw}"
+        f"{path} is missing, and downloading it failed ({'; '.join(reasons)}): "
+        f"connect to the network, or put the data set's four .gz files into {path.parent}"
     )
 
 
-def save_images(images, path):
-    """Write a grid of ten columns as PNG, or a sequence of such grids as an animated GIF.
+def _fetch(url):
+    """The bytes at a web address; OSError if there is no answer for 30 seconds."""
+    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return response.read()
 
-    images: (N, 1, H, W) -> PNG;  (T, N, 1, H, W) -> GIF in 16 greys that loops and rests on its
-            last frame, with as many of the T frames (each, each second, ...) as fit into 1 MB
-    path:   without a suffix; the folder is created, a file of that name is replaced in one step
-    Returns the path written
-    Raises  ValueError for another shape, for NaN and for values outside [0, 1]
-    """
-    images = images.detach().float().cpu()
-    if images.ndim not in (4, 5) or images.shape[-3] != 1 or 0 in images.shape:
-        raise ValueError(f"not (N, 1, H, W) or (T, N, 1, H, W): {tuple(images.shape)}")
-    if not ((images >= 0) & (images <= 1)).all():  # NaN fails both
-        raise ValueError("images must lie in [0, 1] and hold no NaN")
-    animated = images.ndim == 5
-    levels = 15 if animated else 255
-    frames = []
-    for x in images if animated else images[None]:
-        grid = make_grid(x, nrow=10, pad_value=0.5)[0]  # (H', W'), of three equal channels
-        frames.append(Image.fromarray(((grid * levels).round() * (255 / levels)).byte().numpy()))
-    for stride in range(1, len(frames) + 1):
-        first, *others = frames[::-stride][::-1]  # counted from the last frame, which always stays
-        data, durations = io.BytesIO(), [80] * len(others) + [2000]  # milliseconds
-        options = dict(save_all=True, append_images=others, duration=durations, loop=0)
-        first.save(data, **dict(options, format="gif") if animated else dict(format="png"))
-        if data.tell() < 1_000_000:
-            break
-    path = Path(f"{path}.gif" if animated else f"{path}.png")
+
+def _write(path, data):
+    """Write bytes to path in one step; its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + f".{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # processes may write at once
     try:
-        part.write_bytes(data.getvalue())
+        part.write_bytes(data)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    return path
+
+
+def save_images(images, path):
+    """Write images in [0, 1], in the format that the suffix of path names.
+
+    .png  (N, 1, H, W): a grid of ten columns
+    .gif  (T, N, 1, H, W): such grids, one after another, in 16 greys; it loops, rests on its last
+          frame, and shows as many of the T frames (each, each second, ...) as fit into 1 MB
+    .npy  (N, 1, H, W): the numbers, uint8 (N, H, W) in 0..255
+
+    The folder is created, and a file of that name is replaced in one step.
+    Raises ValueError for another suffix or shape, for NaN and for values outside [0, 1]
+    """
+    images = images.detach().float().cpu()
+    path = Path(path)
+    dimensions = {".png": 4, ".gif": 5, ".npy": 4}
+    if path.suffix not in dimensions:
+        raise ValueError(f"{path} must end in .png, .gif or .npy")
+    if images.ndim != dimensions[path.suffix] or images.shape[-3] != 1 or images.numel() == 0:
+        raise ValueError(f"images of shape {tuple(images.shape)} make no {path.suffix} file")
+    if not ((images >= 0) & (images <= 1)).all():  # NaN fails both
+        raise ValueError("images must lie in [0, 1] and hold no NaN")
+    file = io.BytesIO()
+    if path.suffix == ".npy":
+        np.save(file, (255 * images[:, 0]).round().byte().numpy())
+        data = file.getvalue()
+    elif path.suffix == ".png":
+        _grid(images, 256).save(file, format="png")
+        data = file.getvalue()
+    else:
+        data = _animate([_grid(frame, 16) for frame in images])
+    _write(path, data)
+
+
+def _grid(images, n_greys):
+    """Images (N, 1, H, W) -> a picture with ten of them in each row."""
+    grid = make_grid(images, nrow=10, pad_value=0.5)[0]  # (H', W'): one of three equal channels
+    levels = (grid * (n_greys - 1)).round()  # 0 to n_greys - 1
+    return Image.fromarray((levels * (255 / (n_greys - 1))).byte().numpy())
+
+
+def _animate(frames, limit=1_000_000):
+    """Pictures -> the bytes of a GIF below the limit: of all frames, or each second, third, ..."""
+    for stride in range(1, len(frames) + 1):
+        shown = frames[(len(frames) - 1) % stride :: stride]  # the last frame is always among them
+        durations = [80] * (len(shown) - 1) + [2000]  # milliseconds
+        file = io.BytesIO()
+        shown[0].save(
+            file,
+            format="gif",
+            save_all=True,
+            append_images=shown[1:],
+            duration=durations,
+            loop=0,
+        )
+        if file.tell() < limit:
+            break
+    return file.getvalue()

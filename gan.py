@@ -24,18 +24,19 @@ Healthy No loss falls for long: the opponent learns, too. Judge by the samples. 
 """
 
 import argparse
+import copy
+import csv
+import inspect
 import io
 import math
 import os
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 # ---------------------------------------------------------------- model
@@ -44,7 +45,7 @@ class Generator(nn.Module):
 
     def __init__(self, channels, z_dim, size, n_classes):
         super().__init__()
-        self.grid = size // 4, size // 4, 2 * channels
+        self.grid = (size // 4, size // 4, 2 * channels)
         self.label = nn.Embedding(n_classes + 1, z_dim)  # the last entry is "no label"
         nn.init.zeros_(self.label.weight)
         self.stem = nn.Linear(z_dim, math.prod(self.grid))
@@ -54,8 +55,9 @@ class Generator(nn.Module):
 
     def forward(self, z, y):
         h = self.stem(z + self.label(y)).view(-1, *self.grid)  # (B, 7, 7, 2 C)
-        for layer in self.mix, self.up, self.head:  # 7, 14, 28 wide; norm of a pixel's channels
-            h = layer(F.layer_norm(h, h.shape[-1:]).relu().movedim(3, 1)).movedim(1, 3)
+        for layer in self.mix, self.up, self.head:  # to 7, 14, 28 pixels a side
+            h = F.layer_norm(h, h.shape[-1:]).relu()  # normalise each pixel's channels
+            h = layer(h.movedim(3, 1)).movedim(1, 3)  # (B, H, W, C)
         return h.movedim(3, 1).tanh()  # (B, 1, 28, 28)
 
 
@@ -72,161 +74,481 @@ class Discriminator(nn.Module):
     def forward(self, x, y):
         for layer in self.stem, self.down, self.mix:  # (B, C, 14, 14), then (B, 2 C, 7, 7) twice
             x = F.leaky_relu(layer(x), 0.2)
-        return self.head(x.flatten(1)).gather(1, y[:, None])[:, 0].float()  # the logit of label y
+        logits = self.head(x.flatten(1)).float()  # (B, n_classes + 1): one for each label
+        return logits.gather(1, y[:, None])[:, 0]  # of each image the one of its label: (B,)
 
 
 class GAN(nn.Module):
-    """Two players, and what each of them minimises."""
+    """Two players, and what each of them minimises.
+
+    channels: of the convolutions at 14 x 14, twice as many at 7 x 7; z_dim: numbers in z; gamma:
+    weight of r1; size: pixels a side; n_classes: 0 without labels
+    """
 
     def __init__(self, *, channels=32, z_dim=64, gamma=1.0, size=28, n_classes=10):
         super().__init__()
-        self.z_dim, self.n_classes, self.gamma = z_dim, n_classes, gamma
+        if min(channels, z_dim) < 1:
+            raise ValueError("channels and z_dim must be at least 1")
+        if size < 4 or size % 4 != 0:
+            raise ValueError(f"size must be a multiple of 4, not {size}")
+        self.size = size
+        self.n_classes = n_classes
+        self.checked = False
+        self.z_dim = z_dim
+        self.gamma = gamma
         self.generator = Generator(channels, z_dim, size, n_classes)
         self.discriminator = Discriminator(channels, size, n_classes)
 
-    def labels(self, x, y, hide=0):
-        """y (B,), each hidden with probability `hide`; y None: "no label" for each of the x."""
+    def labels(self, n, y):
+        """y (n,), in training with 1 label in 10 hidden; for y None, n times "no label"."""
         if y is None:
-            y = torch.full((len(x),), self.n_classes, device=x.device)
-        return torch.where(torch.rand(len(y), device=y.device) < hide, self.n_classes, y)
+            return torch.full((n,), self.n_classes, device=self.generator.label.weight.device)
+        if self.training:  # one model with and without labels
+            y = torch.where(torch.rand(n, device=y.device) < 0.1, self.n_classes, y)
+        return y
 
     def forward(self, y):  # a fake (B, 1, H, W) in [-1, 1] for each label in y (B,)
-        return self.generator(torch.randn(len(y), self.z_dim, device=y.device), y)
+        weight = self.generator.label.weight
+        z = torch.randn(len(y), self.z_dim, device=weight.device, dtype=weight.dtype)
+        return self.generator(z, y)
 
     def d_loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> the discriminator's loss, metrics."""
-        x, y = (2 * x - 1).requires_grad_(), self.labels(x, y, 0.1 * self.training)
-        real, fake = self.discriminator(x, y), self.discriminator(self(y).detach(), y)
+        self.check(x, y)
+        y = self.labels(len(x), y)
+        x = (2 * x - 1).requires_grad_()
+        with torch.no_grad():  # this is not the generator's turn
+            x_fake = self(y)
+        real = self.discriminator(x, y)
+        fake = self.discriminator(x_fake, y)
         # r1 = E |dD(x)/dx|^2: no D(x) depends on another x, so their sum gives each x its slope
-        r1 = torch.autograd.grad(real.sum(), x, create_graph=True)[0].square().sum() / len(x)
+        slope = torch.autograd.grad(real.sum(), x, create_graph=True)[0]
+        r1 = slope.square().sum() / len(x)
         # -log sigmoid(a) = softplus(-a) and -log(1 - sigmoid(a)) = softplus(a), but never infinite
         d_loss = F.softplus(-real).mean() + F.softplus(fake).mean() + self.gamma / 2 * r1
-        d_real, d_fake = real.detach().sigmoid().mean(), fake.detach().sigmoid().mean()
+        d_real = real.detach().sigmoid().mean()
+        d_fake = fake.detach().sigmoid().mean()
         return d_loss, {"d_loss": d_loss.detach(), "d_real": d_real, "d_fake": d_fake}
 
     def g_loss(self, x, y=None):
         """As many fakes as there are x, of labels y -> the generator's loss, metrics."""
-        y = self.labels(x, y, 0.1 * self.training)  # one model with labels and without
+        y = self.labels(len(x), y)
         g_loss = F.softplus(-self.discriminator(self(y), y)).mean()
-        return g_loss, {"g_loss": g_loss}
+        return g_loss, {"g_loss": g_loss.detach()}
 
     def loss(self, x, y=None):
         """The sum of both losses, for tests (r1 needs gradients); training takes them in turns."""
-        (d_loss, d_metrics), (g_loss, g_metrics) = self.d_loss(x, y), self.g_loss(x, y)
+        d_loss, d_metrics = self.d_loss(x, y)
+        g_loss, g_metrics = self.g_loss(x, y)
         return d_loss + g_loss, d_metrics | g_metrics
 
     @torch.no_grad()
     def sample(self, n, y=None):
-        """n images (n, 1, H, W) in [0, 1]; y (n,) labels or None."""
-        return (self(self.labels(self.generator.label.weight.new_empty(n), y)) + 1) / 2
+        """Draw n images (n, 1, H, W) in [0, 1]; y (n,) labels or None."""
+        if y is None:
+            y = self.labels(n, None)
+        return (self(y) + 1) / 2
 
     @torch.no_grad()
     def pictures(self, x):
-        """x (N, 1, H, W) images -> interpolation (10 N, 1, H, W): N fakes, each to the next."""
-        a, w = torch.randn(len(x), 1, self.z_dim), torch.linspace(0, math.pi / 2, 10)[:, None]
-        z = (w.cos() * a + w.sin() * a.roll(-1, 0)).flatten(0, 1).to(x.device)  # still ~ N(0, 1)
-        return {"interpolation": (self.generator(z, self.labels(z, None)) + 1) / 2}
+        """x (N, 1, H, W) images -> interpolation (10 N, 1, H, W): a row from each of N fakes to the
+        next."""
+        a = torch.randn(len(x), 1, self.z_dim).to(x.device)
+        b = a.roll(-1, 0)  # the next
+        w = torch.linspace(0, math.pi / 2, 10, device=x.device)[:, None]
+        z = (w.cos() * a + w.sin() * b).flatten(0, 1)  # (10 N, z_dim), still ~ N(0, 1)
+        return {"interpolation": (self.generator(z, self.labels(len(z), None)) + 1) / 2}
+
+    def check(self, x, y):
+        """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
+
+        Reading the values makes a GPU wait, so there only those of the first batch are read.
+        """
+        if x.ndim != 4 or x.shape[1:] != (1, self.size, self.size):
+            raise ValueError(f"x must be (B, 1, {self.size}, {self.size}), not {tuple(x.shape)}")
+        if y is not None and (y.shape != x.shape[:1] or y.dtype != torch.int64):
+            raise ValueError(f"y must be ({len(x)},) int64, not {tuple(y.shape)} {y.dtype}")
+        if self.checked and x.device.type != "cpu":
+            return
+        if not (x.min() >= 0 and x.max() <= 1):  # NaN fails, too
+            raise ValueError("x must lie in [0, 1]")
+        if y is not None and not (y.min() >= 0 and y.max() <= self.n_classes):
+            raise ValueError(f"y must lie in 0..{self.n_classes}, the last one for no label")
+        self.checked = True
 
 
 # ---------------------------------------------------------------- train
-def evaluate(measure, images, batch_size=500):
-    """Mean of each metric of measure(x) over uint8 images (N, 1, H, W); equal noise every time."""
-    total, n = Counter(), len(images)
-    for i, x in enumerate(images.split(batch_size)):
-        torch.manual_seed(i)
-        total.update({k: float(v) * len(x) / n for k, v in measure(x / 255)[1].items()})  # adds
-    return dict(total)
+# The same text in all ten scripts, but for these constants and, in gan.py, make_optimizers and
+# train_step. All that a step of training does to the weights is in train_step.
+NAME = "gan"  # of this script, its folder in out/, and the origin of its checkpoints
+Model = GAN
+EPOCHS = 20
+BATCH_SIZE = 64
+LR = 3e-3
 
 
-def main(argv=None, Model=GAN, epochs=20, batch_size=64, lr=3e-3):  # to suit Model
-    kinds = ["mps"] * torch.mps.is_available() + ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
-    flag = parser.add_argument
-    flag("--epochs", type=int, default=epochs, help="passes over the images (default %(default)s)")
-    flag("--batch-size", type=int, default=batch_size, help="images a step (default %(default)s)")
-    flag("--lr", type=float, default=lr, help="peak learning rate of AdamW (default %(default)s)")
-    flag("--seed", type=int, default=0, help="of weights, order, noise and samples (default 0)")
-    flag("--device", default="auto", choices=["auto", *kinds], help="auto: cuda, or else cpu")
-    flag("--dataset", default="MNIST", choices=["MNIST", "FashionMNIST", "KMNIST"], help="(MNIST)")
-    flag("--data-dir", default="data", help="folder of the data sets (default %(default)s)")
-    flag("--out-dir", default=f"out/{Path(__file__).stem}", help="for output (default %(default)s)")
-    flag("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
-    flag("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
-    flag("--resume", action="store_true", help="go on from model.pt; repeat the other flags")
-    flag("--sample", type=int, metavar="N", help="do not train: N samples of model.pt")
-    flag("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
-    flag("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
+def to_flag(name):
+    """n_layer -> --n-layer"""
+    return "--" + name.replace("_", "-")
+
+
+def make_parser():
+    """All flags: the same ones in each script, and then the sizes of its model."""
+    devices = ["cpu"]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    datasets = ["MNIST", "FashionMNIST", "KMNIST"]
+
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=f"Train {Model.__name__}, or draw samples from it."
+    )
+    add = parser.add_argument
+    add("--epochs", type=int, default=EPOCHS, help="passes over the images (default %(default)s)")
+    add("--batch-size", type=int, default=BATCH_SIZE, help="images a step (default %(default)s)")
+    add("--lr", type=float, default=LR, help="peak learning rate (default %(default)s)")
+    add("--seed", type=int, default=0, help="of weights, order and noise (default %(default)s)")
+    add("--device", choices=devices, default=device, help="(default %(default)s)")
+    add("--dataset", choices=datasets, default="MNIST", help="(default %(default)s)")
+    add("--data-dir", type=Path, help="folder of the data sets (default: data, beside common.py)")
+    add("--out-dir", type=Path, default=f"out/{NAME}", help="for output (default %(default)s)")
+    add("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
+    add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
+    add("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
+    add("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", action="store_true", help="go on with the run in OUT_DIR")
+    mode.add_argument("--sample", type=int, metavar="N", help="only draw N images from that run")
+
+    sizes = parser.add_argument_group(f"sizes of the model, explained in class {Model.__name__}")
+    for name, parameter in inspect.signature(Model).parameters.items():
+        if name not in ("size", "n_classes"):  # these two follow from the data
+            default = parameter.default
+            text = "(default %(default)s)"
+            sizes.add_argument(to_flag(name), type=type(default), default=default, help=text)
+    return parser
+
+
+def parse_args(argv):
+    """The settings in the list argv (None: of the command line), and a checkpoint or None.
+
+    --resume and --sample load the checkpoint of a run. What it was made with becomes the default
+    of each flag, and a flag that contradicts it is refused.
+    """
+    parser = make_parser()
     args = parser.parse_args(argv)
-    if min(args.epochs, args.batch_size, args.lr, 1 if args.sample is None else args.sample) <= 0:
-        parser.error("--epochs, --batch-size, --lr and --sample must be above 0")
-    from common import load_mnist, save_images  # elsewhere: use your own tensors and pictures
-    torch.manual_seed(args.seed)
-    device, out = args.device.replace("auto", kinds[-1]), Path(args.out_dir + "-dry" * args.dry_run)
-    config = Model.__init__.__kwdefaults__ | {"n_classes": 10 * args.class_cond}
-    model = Model(**config).to(device, memory_format=torch.channels_last)
-    d_optimizer, g_optimizer = (torch.optim.AdamW(p.parameters(), betas=(0.0, 0.99), fused=True)
-                                for p in (model.discriminator, model.generator))  # no momentum
-    ema = AveragedModel(model, multi_avg_fn=lambda *a: get_ema_multi_avg_fn(0.5 ** (20 / step))(*a))
-    net, kept = ema.module.eval().requires_grad_(False), {}  # net is what we test, sample and keep
-    parts = {"model": net, "ema": ema, "weights": model, "d": d_optimizer, "g": g_optimizer}
-    try:
-        if args.resume or args.sample: kept = torch.load(out / "model.pt", "cpu", weights_only=True)
-        for key in kept and parts: parts[key].load_state_dict(kept[key])
-    except Exception as error:  # a damaged or foreign file can raise anything
-        sys.exit(f"cannot load {out}/model.pt: {' '.join(str(error).split())}")
-    amp = torch.autocast(device, torch.bfloat16, torch.cuda.is_bf16_supported(False)
-                         if device == "cuda" else torch.cpu._is_avx512_bf16_supported())
+    for name in ("epochs", "batch_size", "lr", "sample"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"{to_flag(name)} must be above 0")
+    out_dir = args.out_dir.expanduser()
+    if args.dry_run:
+        out_dir = Path(f"{out_dir}-dry")
 
-    def sample(n=4 if args.dry_run else 100):  # from the same noise each time
-        torch.manual_seed(args.seed)
-        return net.sample(n, torch.arange(n, device=device) % 10 if args.class_cond else None)
-    if args.sample: return print("wrote", save_images(sample(args.sample), out / "samples"))
-    cut, log = 2 * args.batch_size if args.dry_run else None, kept.get("log", [])
-    train_x, train_y, test_x, _ = (d[:cut] for d in load_mnist(args.data_dir, args.dataset, device))
-    steps = len(train_x) // args.batch_size or parser.error("--batch-size exceeds the images")
-    last, turns = args.epochs * steps, [(model.d_loss, d_optimizer), (model.g_loss, g_optimizer)]
-    if args.compile: model.generator.compile()  # not D: r1 has a second derivative
-    print(f"{out}: epochs {len(log) + 1} to {args.epochs} of {steps} steps on {device}", flush=True)
-    for epoch in range(len(log) + 1, args.epochs + 1):  # lr: up for 2 % of the run, then down to 0
-        torch.manual_seed(args.seed << 20 | epoch)  # the same order and noise after --resume
-        order, total, start = torch.randperm(len(train_x)).to(device), 0, time.time()
-        for step, i in enumerate(order.split(args.batch_size)[:steps], (epoch - 1) * steps + 1):
-            for loss_fn, optimizer in turns:
-                optimizer.param_groups[0]["lr"] = args.lr * min(50 * step, last + 1 - step) / last
-                loss, _ = amp(loss_fn)(train_x[i] / 255, train_y[i] if args.class_cond else None)
-                optimizer.zero_grad()
-                loss.backward(inputs=optimizer.param_groups[0]["params"])  # not the opponent
-                optimizer.step()
-                total += loss.detach()
-            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
-            if sys.stdout.isatty() and step % 10 == 0:
-                pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
-                print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"
-                      f" | {pace * (last - step):.0f} s left  ", end="\r", flush=True)
-        train, seconds = float(total) / steps, time.time() - start  # then test, at last by bound
-        test = evaluate(amp(epoch == args.epochs and getattr(net, "bound", 0) or net.loss), test_x)
-        log.append({"epoch": epoch, "seconds": seconds, "train_loss": train} | test)
-        if not math.isfinite(sum(log[-1].values())): sys.exit(f"loss {train}: try a smaller --lr")
-        save_images(grid := sample(), out / f"samples_{epoch:04d}")
-        state = {key: part.state_dict() for key, part in parts.items()}
-        torch.save(state | {"config": config, "log": log}, buffer := io.BytesIO())
-        (out / "model.pt.part").write_bytes(buffer.getvalue())
-        os.replace(out / "model.pt.part", out / "model.pt")  # never a half-written model.pt
-        rows = [max(log, key=len), *(row.values() for row in log)]  # names: of the longest row
-        (out / "log.csv").write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n")
-        figures = " ".join(f"{key} {value:.4g}" for key, value in test.items())
-        print(f"epoch {epoch:3}/{args.epochs} | train loss {train:.4g} | test {figures} | "
-              f"{seconds:.1f} s | {steps * args.batch_size / seconds:,.0f} img/s", flush=True)
+    checkpoint = None
+    if args.resume or args.sample:
+        checkpoint = load_checkpoint(out_dir / "model.pt", args.resume)
+        made_with = checkpoint.get("settings", {}) | checkpoint["config"]
+        made_with["class_cond"] = made_with["n_classes"] > 0
+        parser.set_defaults(**made_with)
+        args = parser.parse_args(argv)
+        may_differ = ["epochs", "lr"]
+        if args.sample:
+            may_differ += ["batch_size", "seed"]
+        for name, value in made_with.items():
+            if getattr(args, name) != value and name not in may_differ:
+                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}: {value} there")
+    args.out_dir = out_dir
+    return args, checkpoint
+
+
+def set_seed(seed, epoch=0):
+    """Seed all random numbers: of an epoch, or with epoch 0, of the weights or the samples."""
+    torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
+
+
+def bfloat16_autocast(device):
+    """The context that runs convolutions and products in bfloat16, where the hardware can."""
+    supported = False
+    if device == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
+        supported = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.autocast(device, torch.bfloat16, enabled=supported)
+
+
+def learning_rate(step, total_steps, peak):
+    """Rises over the first 2 % of the steps, then falls along a line, to 0 after the last one."""
+    warmup = max(1, round(0.02 * total_steps))
+    if step <= warmup:
+        return peak * step / warmup
+    return peak * (total_steps + 1 - step) / (total_steps + 1 - warmup)
+
+
+def make_optimizers(model):
+    """One optimizer for each player, without momentum: what was right against the opponent of ten
+    steps ago is not right against this one. train_epoch sets their learning rate in each step."""
+    return [
+        torch.optim.AdamW(model.discriminator.parameters(), betas=(0.0, 0.99), fused=True),
+        torch.optim.AdamW(model.generator.parameters(), betas=(0.0, 0.99), fused=True),
+    ]
+
+
+def train_step(model, optimizers, autocast, x, y):
+    """Update both players on images x (B, 1, H, W) in [0, 1], labels y (B,) or None -> the sum of
+    their losses: first the discriminator, then the generator."""
+    d_optimizer, g_optimizer = optimizers
+
+    d_optimizer.zero_grad()
+    with autocast:
+        d_loss, _ = model.d_loss(x, y)
+    d_loss.backward()
+    d_optimizer.step()
+
+    g_optimizer.zero_grad()
+    with autocast:
+        g_loss, _ = model.g_loss(x, y)
+    g_loss.backward(inputs=list(model.generator.parameters()))  # not the discriminator
+    g_optimizer.step()
+    return (d_loss + g_loss).detach()
+
+
+@torch.no_grad()
+def update_ema(ema, model, step):
+    """Move the weights of ema, an average over the latest steps, towards those of the model.
+
+    The average reaches back in proportion to the step (1, 2, ...): the last 5 % of the steps so
+    far make up half of it. So it follows fast at first, and has forgotten the start at the end.
+    """
+    decay = 0.5 ** (20 / step)
+    for average, weight in zip(ema.parameters(), model.parameters()):
+        average.lerp_(weight, 1 - decay)  # decay * average + (1 - decay) * weight
+    for average, buffer in zip(ema.buffers(), model.buffers()):
+        average.copy_(buffer)
+
+
+def train_epoch(epoch, args, model, ema, optimizers, images, labels):
+    """One pass over the uint8 images (N, 1, H, W), with labels (N,) or None -> mean loss, seconds.
+
+    Updates model and ema. Images that would not fill a batch are left out, others in each epoch.
+    """
+    set_seed(args.seed, epoch)  # so that --resume finds the same order and noise
+    order = torch.randperm(len(images)).to(images.device)
+    steps = len(images) // args.batch_size
+    total_steps = args.epochs * steps
+    autocast = bfloat16_autocast(args.device)
+    loss_sum = 0
+    start = shown = time.time()
+    for i in range(steps):
+        step = (epoch - 1) * steps + i + 1  # since the start of the run
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, total_steps, args.lr)
+
+        idx = order[i * args.batch_size : (i + 1) * args.batch_size]
+        x = images[idx] / 255
+        y = None if labels is None else labels[idx]
+        loss = train_step(model, optimizers, autocast, x, y)
+        update_ema(ema, model, step)
+        loss_sum += loss
+
+        if (
+            os.isatty(1) and time.time() > shown + 1
+        ):  # each second: reading the loss makes a GPU wait
+            shown = time.time()
+            pace = (shown - start) / (i + 1)  # seconds a step
+            print(
+                f"step {step}/{total_steps} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"
+                f" | {pace * (total_steps - step):.0f} s left  ",
+                end="\r",
+                flush=True,
+            )
+    return float(loss_sum) / steps, time.time() - start
+
+
+def evaluate(loss_fn, images, autocast, batch_size=500):
+    """Mean of each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: number}.
+
+    It seeds the random numbers for each batch, so that every call sees the same noise. There is no
+    torch.no_grad() around it, as the loss of gan.py takes a gradient.
+    """
+    means = {}
+    for i, batch in enumerate(images.split(batch_size)):
+        torch.manual_seed(i)
+        with autocast:
+            _, metrics = loss_fn(batch / 255)
+        for name, value in metrics.items():
+            means[name] = means.get(name, 0) + float(value) * len(batch) / len(images)
+    return means
+
+
+def draw_samples(model, n, args, chunk=500):
+    """n images (n, 1, H, W) in [0, 1], the same for the same seed; image i has label i % 10."""
+    set_seed(args.seed)
+    samples = []
+    for start in range(0, n, chunk):
+        idx = torch.arange(start, min(start + chunk, n), device=args.device)
+        y = idx % model.n_classes if args.class_cond else None
+        samples.append(model.sample(len(idx), y))
+    return torch.cat(samples)
+
+
+def save_checkpoint(args, config, model, ema, optimizers, log, new=False):
+    """Write model.pt in one step: neither a kill nor a full disk leaves half a file.
+
+    new: raise FileExistsError if there is one already
+    """
+    settings = ("epochs", "batch_size", "lr", "seed", "dataset")
+    checkpoint = {
+        "script": NAME,
+        "config": config,
+        "settings": {name: getattr(args, name) for name in settings},
+        "model": ema.state_dict(),  # the averaged weights: the ones to use
+        "weights": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "log": log,
+    }
+    data = io.BytesIO()  # on a full disk torch.save raises a RuntimeError, write_bytes an OSError
+    torch.save(checkpoint, data)
+    path = args.out_dir / "model.pt"
+    part = args.out_dir / f"model.pt.{os.getpid()}.part"
+    try:
+        part.write_bytes(data.getvalue())
+        if new:
+            path.touch(exist_ok=False)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, resume):
+    """The dictionary that save_checkpoint wrote; config and model are enough to sample from."""
+    try:
+        checkpoint = torch.load(path, "cpu", weights_only=True)
+        if checkpoint.get("script", NAME) != NAME:
+            raise ValueError(f"it is of {checkpoint['script']}.py")
+        Model(**checkpoint["config"]).load_state_dict(checkpoint["model"])  # raises if they differ
+    except Exception as error:  # a missing, damaged or foreign file can raise anything
+        sys.exit(f"cannot load {path}: {' '.join(str(error).split())}")
+    missing = {"settings", "weights", "optimizers", "log"} - checkpoint.keys()
+    if resume and missing:
+        sys.exit(f"cannot go on from {path}: it holds no {', '.join(sorted(missing))}")
+    return checkpoint
+
+
+def sample_only(args, checkpoint):
+    """--sample N: all N images as numbers, and the first 100 as a picture."""
+    from common import save_images
+
+    model = Model(**checkpoint["config"])
+    model.load_state_dict(checkpoint["model"])
+    samples = draw_samples(model.to(args.device).eval(), args.sample, args)
+    save_images(samples, args.out_dir / "samples.npy")
+    save_images(samples[:100], args.out_dir / "samples.png")
+    print(f"wrote samples.npy and samples.png into {args.out_dir}")
+
+
+def main(argv=None):
+    """Train, or with --sample only draw; argv: a list of flags, or None for the command line."""
+    args, checkpoint = parse_args(argv)
+    if args.sample:
+        sample_only(args, checkpoint)
+        return
+
+    # packages and data; what can fail shall do so before the first step
+    from common import load_mnist, save_images  # elsewhere: your own tensors and pictures
+
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+    train_x, train_y, test_x, _ = load_mnist(args.data_dir, args.dataset, args.device)
+    if checkpoint is None:
+        args.size = train_x.shape[-1]
+        args.n_classes = int(train_y.max()) + 1 if args.class_cond else 0
+    n_samples = 100
+    if args.dry_run:
+        n_samples = 4
+        train_x, train_y, test_x = (x[: 2 * args.batch_size] for x in (train_x, train_y, test_x))
+    labels = train_y if args.class_cond else None
+    if args.batch_size > len(train_x):
+        sys.exit(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
+
+    # model: the weights in training, and ema, their average, which is tested and kept
+    config = {name: getattr(args, name) for name in inspect.signature(Model).parameters}
+    set_seed(args.seed)
+    try:
+        model = Model(**config).to(args.device, memory_format=torch.channels_last)
+    except ValueError as error:  # sizes that it cannot have
+        sys.exit(f"{NAME}.py: error: {error}")
+    ema = copy.deepcopy(model).to(args.device)  # .to puts the weights of an LSTM into one block
+    ema.eval().requires_grad_(False)
+    optimizers = make_optimizers(model)
+    log = []
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["weights"])
+        ema.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        log = checkpoint["log"]
+    if len(log) > args.epochs:
+        sys.exit(f"--epochs {args.epochs}: the run in {args.out_dir} has had {len(log)} already")
+    if args.compile:
+        model.compile()
+
+    # output: from here on, --resume has a checkpoint to go on from
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    is_new = checkpoint is None and not args.dry_run
+    try:
+        save_checkpoint(args, config, model, ema, optimizers, log, is_new)
+    except FileExistsError:
+        sys.exit(f"{args.out_dir} holds a run: --resume it, choose another --out-dir, or delete it")
+    if args.tensorboard:
+        board = SummaryWriter(args.out_dir)
+    steps = len(train_x) // args.batch_size
+    epochs = f"epochs {len(log) + 1} to {args.epochs} of {steps} steps"
+    print(f"{args.out_dir}: {epochs} on {args.device}; --resume goes on if stopped", flush=True)
+
+    for epoch in range(len(log) + 1, args.epochs + 1):
+        train_loss, seconds = train_epoch(epoch, args, model, ema, optimizers, train_x, labels)
+        test = evaluate(ema.loss, test_x, bfloat16_autocast(args.device))
+        row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **test}
+        if not all(math.isfinite(value) for value in row.values()):
+            sys.exit(f"epoch {epoch} has a loss of {train_loss}: --resume with a smaller --lr")
+        log.append(row)
+
+        samples = draw_samples(ema, n_samples, args)
+        save_images(samples, args.out_dir / f"samples_{epoch:04d}.png")
+        save_images(samples, args.out_dir / "samples.png")
+        save_checkpoint(args, config, model, ema, optimizers, log)
+        with open(args.out_dir / "log.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=row.keys())
+            writer.writeheader()
+            writer.writerows(log)
+
+        figures = " ".join(f"{name} {value:.4g}" for name, value in test.items())
+        speed = steps * args.batch_size / seconds
+        print(
+            f"epoch {epoch:3}/{args.epochs} | train loss {train_loss:.4g} | test {figures} | "
+            f"{seconds:.1f} s | {speed:,.0f} img/s",
+            flush=True,
+        )
         if args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            with SummaryWriter(out) as board:
-                board.add_images("samples", grid, epoch)
-                for figure in log[-1].items(): board.add_scalar(*figure, epoch)
-    for name, x in ({"samples": sample()} | net.pictures(test_x[::64][:20] / 255)).items():
-        save_images(x, out / name)
+            board.add_images("samples", samples, epoch)
+            for name, value in row.items():
+                board.add_scalar(name, value, epoch)
+
+    # pictures that show how the model works
+    set_seed(args.seed)
+    for name, images in ema.pictures(test_x[:20] / 255).items():
+        suffix = "gif" if images.ndim == 5 else "png"
+        save_images(images, args.out_dir / f"{name}.{suffix}")
 
 
 if __name__ == "__main__":
-    try: main()
-    except (OSError, ImportError, KeyboardInterrupt) as error:
-        sys.exit(f"{Path(__file__).name}: error: {str(error) or 'interrupted, --resume goes on'}")
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except (OSError, ModuleNotFoundError) as error:
+        sys.exit(f"{NAME}.py: error: {error}")

@@ -21,52 +21,70 @@ Healthy Knowing nothing costs 543 nats; one epoch brings the nll to 84.6, two to
 """
 
 import argparse
+import copy
+import csv
+import inspect
 import io
 import math
 import os
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 # ---------------------------------------------------------------- model
 class GatedBlock(nn.Module):
-    """One layer of the vertical stack, and one of the horizontal stack, which listens to it."""
+    """One layer of the vertical stack v, and one of the horizontal stack h, which v informs."""
 
     def __init__(self, channels, k):
         super().__init__()
         self.vertical = nn.Conv2d(channels, 2 * channels, (k // 2 + 1, k))
         self.horizontal = nn.Conv2d(channels, 2 * channels, (1, k // 2 + 1))
-        self.tell = nn.Linear(2 * channels, 2 * channels)
-        self.out, self.skip = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        self.v_to_h = nn.Linear(2 * channels, 2 * channels)
+        self.out = nn.Linear(channels, channels)
+        self.skip = nn.Linear(channels, channels)
 
-    def gate(self, pair):  # (..., 2 C) -> (..., C): values, let through by as many gates
+    def gate(self, pair):
+        """pair (..., 2 C) -> (..., C): tanh of the one half, as far as the other lets it pass."""
         value, gate = pair.unflatten(-1, (2, -1)).movedim(-2, 0).contiguous()  # faster than chunk
         return value.tanh() * gate.sigmoid()
 
-    def up(self, seen):  # v and its edge on three sides -> the next v, and what h is told
-        pair = self.vertical(seen.movedim(3, 1)).movedim(1, 3)
-        return self.gate(pair), self.tell(pair)
+    def forward_v(self, v):
+        """v (B, H + p, W + 2 p, C), with its edge -> the next v (B, H, W, C), and what it tells h
+        (B, H, W, 2 C)."""
+        pair = self.vertical(v.movedim(3, 1)).movedim(1, 3)
+        return self.gate(pair), self.v_to_h(pair)
 
-    def left(self, h, skips, told, seen):  # seen: h and its edge on the left; skips: for the head
-        mix = self.gate(self.horizontal(seen.movedim(3, 1)).movedim(1, 3) + told)
-        return h + self.out(mix), skips + self.skip(mix)
+    def forward_h(self, h, edged_h, from_v):
+        """h (B, H, W, C), edged_h the same with its edge on the left (B, H, W + p, C), from_v
+        (B, H, W, 2 C) -> the next h, and a share for the head, both (B, H, W, C)."""
+        mix = self.gate(self.horizontal(edged_h.movedim(3, 1)).movedim(1, 3) + from_v)
+        return h + self.out(mix), self.skip(mix)
 
 
 class GatedPixelCNN(nn.Module):
-    """A vertical and a horizontal stack of gated convolutions over the image."""
+    """A vertical and a horizontal stack of gated convolutions over the image.
+
+    channels: numbers in a pixel's vector, in either stack; n_layer: blocks; kernel: the width of
+    their convolutions, an odd number of pixels; size: pixels a side; n_classes: 0 without labels
+    """
 
     def __init__(self, *, channels=32, n_layer=4, kernel=5, size=28, n_classes=10):
         super().__init__()
-        self.size, self.n_classes, self.kernel = size, n_classes, kernel
-        self.to_v, self.to_h = nn.Conv2d(1, channels, (4, 7)), nn.Conv2d(1, channels, (1, 3))
-        self.tell, self.head = nn.Linear(channels, channels), nn.Linear(channels, 1)
+        if min(channels, n_layer, size) < 1 or kernel < 3 or kernel % 2 != 1:
+            raise ValueError("kernel must be odd and at least 3, and all sizes at least 1")
+        self.size = size
+        self.n_classes = n_classes
+        self.checked = False
+        self.kernel = kernel
+        self.stem_v = nn.Conv2d(1, channels, (4, 7))
+        self.stem_h = nn.Conv2d(1, channels, (1, 3))
+        self.v_to_h = nn.Linear(channels, channels)
+        self.head = nn.Linear(channels, 1)
         self.row = nn.Parameter(0.02 * torch.randn(size, 1, channels))
         self.col = nn.Parameter(0.02 * torch.randn(1, size, channels))
         self.label = nn.Embedding(n_classes + 1, channels)  # the last entry is "no label"
@@ -80,171 +98,506 @@ class GatedPixelCNN(nn.Module):
         return self.label(y)
 
     def forward(self, x, y=None):  # x (B, 1, H, W) in {0, 1} -> logits (B, 1, H, W)
-        place, p = self.row + self.col + self.embed(x, y)[:, None, None], self.kernel // 2
-        v = self.to_v(F.pad(x, (3, 3, 4, -1))).movedim(1, 3)  # the rows above, (B, H, W, channels)
-        v = v + place.type_as(v)
-        h, skips = self.to_h(F.pad(x, (3, -1))).movedim(1, 3) + self.tell(v), 0
+        p = self.kernel // 2
+        # padding by -1 crops: the image moves down a row for v, and right a column for h
+        v = self.stem_v(F.pad(x, (3, 3, 4, -1))).movedim(1, 3)  # (B, H, W, channels)
+        v = v + (self.row + self.col + self.embed(x, y)[:, None, None]).type_as(v)
+        h = self.stem_h(F.pad(x, (3, -1))).movedim(1, 3) + self.v_to_h(v)
+        skips = 0
         for block in self.blocks:
-            v, told = block.up(F.pad(v, (0, 0, p, p, p, 0)))
-            h, skips = block.left(h, skips, told, F.pad(h, (0, 0, p, 0)))
+            v, from_v = block.forward_v(F.pad(v, (0, 0, p, p, p, 0)))
+            h, skip = block.forward_h(h, F.pad(h, (0, 0, p, 0)), from_v)
+            skips = skips + skip
         return self.head((h + skips).relu()).movedim(3, 1).float()
 
-    def scan(self, x, y):
-        """Yields the logits (B,) of each pixel in order; the caller then writes it into x."""
-        place, p = self.row + self.col + self.embed(x, y)[:, None, None], self.kernel // 2
-        vs, hs = ([F.pad(0 * place, (0, 0, p, p, p, 0)) for _ in self.blocks] for _ in "vh")
-        for r in range(self.size):  # the rows above are drawn
-            v = self.to_v(F.pad(x, (3, 3, 4, 0))[:, :, r : r + 4]).movedim(1, 3) + place[:, r, None]
-            tells = [self.tell(v)]  # v (B, 1, W, channels)
-            for block, seen in zip(self.blocks, vs):
-                seen[:, p + r, p:-p] = v[:, 0]
-                v, told = block.up(seen[:, r : r + p + 1])
-                tells.append(told)
-            for c in range(self.size):
-                h = self.to_h(F.pad(x, (3, 0))[:, :, r, None, c : c + 3]).movedim(1, 3)
-                h, skips = h + tells[0][:, :, c, None], 0  # (B, 1, 1, channels)
-                for block, seen, told in zip(self.blocks, hs, tells[1:]):
-                    seen[:, :1, p + c] = h[:, :, 0]  # the first row of hs serves all r
-                    h, skips = block.left(h, skips, told[:, :, c, None], seen[:, :1, c : c + p + 1])
-                yield self.head((h + skips).relu()).flatten().float()
+    def new_cache(self, n):
+        """Each block's inputs with their edges of zeros: v of all rows so far, h of this row only.
+
+        from_v: what each block, and before them the stem, tells this row of h
+        """
+        p = self.kernel // 2
+        zeros = self.label.weight.new_zeros
+        n_layer, size, channels = len(self.blocks), self.size, self.label.embedding_dim
+        return {
+            "v": zeros(n_layer, n, size + p, size + 2 * p, channels),
+            "h": zeros(n_layer, n, 1, size + p, channels),
+            "from_v": [None] * (n_layer + 1),
+        }
+
+    def update_v(self, x, y, r, cache):
+        """Take the vertical stack through row r, of which v knows the rows above: all W pixels."""
+        p = self.kernel // 2
+        v = self.stem_v(F.pad(x, (3, 3, 4, 0))[:, :, r : r + 4]).movedim(1, 3)  # (B, 1, W, C)
+        v = v + (self.row[r] + self.col + self.embed(x, y)[:, None])[:, None]
+        cache["from_v"][0] = self.v_to_h(v)
+        for k, block in enumerate(self.blocks):
+            cache["v"][k][:, r + p, p:-p] = v[:, 0]
+            rows = cache["v"][k][:, r : r + p + 1]  # all that the kernel covers
+            v, cache["from_v"][k + 1] = block.forward_v(rows)
+
+    def logits_at(self, x, y, i, cache):
+        """Logits (B,) of pixel i, given the pixels before it. Adds h, in a new row v, too."""
+        p = self.kernel // 2
+        r, c = divmod(i, self.size)
+        if c == 0:  # the rows above are complete
+            self.update_v(x, y, r, cache)
+        window = F.pad(x, (3, 0))[:, :, r, None, c : c + 3]  # the three pixels on the left
+        h = self.stem_h(window).movedim(1, 3) + cache["from_v"][0][:, :, c, None]  # (B, 1, 1, C)
+        skips = 0
+        for k, block in enumerate(self.blocks):
+            cache["h"][k][:, :, c + p] = h[:, :, 0]
+            window = cache["h"][k][:, :, c : c + p + 1]  # its kernel; more is left of the last row
+            h, skip = block.forward_h(h, window, cache["from_v"][k + 1][:, :, c, None])
+            skips = skips + skip
+        return self.head((h + skips).relu()).flatten().float()
 
     def loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
+        self.check(x, y)
         x = torch.bernoulli(x)
         if y is not None and self.training:  # hide 1 label in 10: one model with and without them
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
-        nll = F.binary_cross_entropy_with_logits(self(x, y), x, reduction="sum") / len(x)
-        return nll, {"nll": nll, "bpd": nll / (x[0].numel() * math.log(2))}
+        logits = self(x, y)
+        # nll = -sum_i log p(x_i | x_<i)
+        nll = F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
+        bpd = nll / (x[0].numel() * math.log(2))
+        return nll, {"nll": nll, "bpd": bpd}
 
     @torch.no_grad()
     def sample(self, n, y=None, top=None, guidance=1.0):
-        """n binary images (n, 1, H, W), each pixel drawn given those before it; y (n,) or None.
+        """Draw n binary images (n, 1, H, W), each pixel given those before it.
 
-        top (n, 1, h, W): the first h rows in {0, 1}, or None to draw these, too
+        y:        (n,) labels, or None
+        top:      (n, 1, h, W) in {0, 1}, the first h rows, or None to draw these, too
         guidance: 0 ignores y, 1 draws from p(x | y), more exaggerates what y adds
         """
-        top = self.label.weight.new_zeros(n, 1, 0, self.size) if top is None else top
-        x = F.pad(top, (0, 0, 0, self.size - top.shape[2]))  # (n, 1, H, W), still empty below
-        scans = [self.scan(x, y)] + [self.scan(x, None)] * (y is not None and guidance != 1)
-        for i, (logits, *free) in enumerate(zip(*scans)):
-            if free:
-                logits = free[0] + guidance * (logits - free[0])
-            if i >= top[0].numel():
-                x.view(n, -1)[:, i] = torch.bernoulli(logits.sigmoid())
+        x = self.label.weight.new_zeros(n, 1, self.size, self.size)
+        pixels = x.view(n, -1)  # (n, H * W), the same memory
+        n_given = 0
+        if top is not None:
+            x[:, :, : top.shape[2]] = top
+            n_given = top[0].numel()
+        guided = y is not None and guidance != 1
+        cache = self.new_cache(n)
+        if guided:
+            uncond_cache = self.new_cache(n)
+        for i in range(self.size**2):
+            logits = self.logits_at(x, y, i, cache)  # (n,)
+            if guided:
+                uncond = self.logits_at(x, None, i, uncond_cache)
+                logits = uncond + guidance * (logits - uncond)
+            if i >= n_given:
+                pixels[:, i] = torch.bernoulli(logits.sigmoid())
         return x
 
     @torch.no_grad()
     def pictures(self, x):
-        """x (N, 1, H, W) images -> sampling, a frame each half row (57, 20, 1, H, W); completion:
-        10 images, their upper halves, and 4 draws of each lower half (60, 1, H, W); field: how
-        much the guess of the middle pixel depends on each pixel, black: not (1, 1, 8 H, 8 W)."""
-        x, half = torch.bernoulli(x[:10]), self.size // 2
-        order = torch.arange(self.size**2, device=x.device).view(self.size, -1)
-        top, drawn = x[:, :, :half].repeat(4, 1, 1, 1), self.sample(20)
-        frames = [drawn.where(order < i, 0.5) for i in range(0, self.size**2 + 1, half)]
-        rows = [x, x.where(order < half * self.size, 0.5), self.sample(len(top), top=top)]
-        slope = torch.func.grad(lambda x: self(x)[..., half, half].sum())(x).abs().mean(0, True)
-        field = F.interpolate((slope > 0) * (0.3 + 0.7 * slope / slope.max()), scale_factor=8)
-        return {"sampling": torch.stack(frames), "completion": torch.cat(rows), "field": field}
+        """x (N, 1, H, W) images ->
+
+        sampling    (2 H + 1, 20, 1, H, W): 20 images as they are drawn, a frame each half row
+        completion  (60, 1, H, W): ten images, their upper halves, four draws of the rest of each
+        field       (1, 1, 8 H, 8 W): how much the logit of the middle pixel depends on each pixel;
+                    black: not at all
+        """
+        x = torch.bernoulli(x[:10])
+        half = self.size // 2
+        index = torch.arange(self.size**2, device=x.device).view(self.size, self.size)
+        samples = self.sample(20)
+        frames = [samples.where(index < i, 0.5) for i in range(0, self.size**2 + 1, half)]
+        upper = x.where(index < half * self.size, 0.5)
+        top = x[:, :, :half].repeat(4, 1, 1, 1)
+        completion = torch.cat([x, upper, self.sample(len(top), top=top)])
+
+        with torch.enable_grad():
+            x.requires_grad_()
+            middle = self(x)[..., half, half].sum()
+            slope = torch.autograd.grad(middle, x)[0].abs().mean(0, keepdim=True)  # (1, 1, H, W)
+        field = (slope > 0) * (0.3 + 0.7 * slope / slope.max())
+        field = F.interpolate(field, scale_factor=8)
+        return {"sampling": torch.stack(frames), "completion": completion, "field": field}
+
+    def check(self, x, y):
+        """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
+
+        Reading the values makes a GPU wait, so there only those of the first batch are read.
+        """
+        if x.ndim != 4 or x.shape[1:] != (1, self.size, self.size):
+            raise ValueError(f"x must be (B, 1, {self.size}, {self.size}), not {tuple(x.shape)}")
+        if y is not None and (y.shape != x.shape[:1] or y.dtype != torch.int64):
+            raise ValueError(f"y must be ({len(x)},) int64, not {tuple(y.shape)} {y.dtype}")
+        if self.checked and x.device.type != "cpu":
+            return
+        if not (x.min() >= 0 and x.max() <= 1):  # NaN fails, too
+            raise ValueError("x must lie in [0, 1]")
+        if y is not None and not (y.min() >= 0 and y.max() <= self.n_classes):
+            raise ValueError(f"y must lie in 0..{self.n_classes}, the last one for no label")
+        self.checked = True
 
 
 # ---------------------------------------------------------------- train
-def evaluate(measure, images, batch_size=500):
-    """Mean of each metric of measure(x) over uint8 images (N, 1, H, W); equal noise every time."""
-    total, n = Counter(), len(images)
-    for i, x in enumerate(images.split(batch_size)):
-        torch.manual_seed(i)
-        total.update({k: float(v) * len(x) / n for k, v in measure(x / 255)[1].items()})  # adds
-    return dict(total)
+# The same text in all ten scripts, but for these constants and, in gan.py, make_optimizers and
+# train_step. All that a step of training does to the weights is in train_step.
+NAME = "gatedcnn"  # of this script, its folder in out/, and the origin of its checkpoints
+Model = GatedPixelCNN
+EPOCHS = 20
+BATCH_SIZE = 64
+LR = 1e-2
 
 
-def main(argv=None, Model=GatedPixelCNN, epochs=20, batch_size=64, lr=1e-2):  # to suit Model
-    kinds = ["mps"] * torch.mps.is_available() + ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.split("\n")[0])
-    flag = parser.add_argument
-    flag("--epochs", type=int, default=epochs, help="passes over the images (default %(default)s)")
-    flag("--batch-size", type=int, default=batch_size, help="images a step (default %(default)s)")
-    flag("--lr", type=float, default=lr, help="peak learning rate of AdamW (default %(default)s)")
-    flag("--seed", type=int, default=0, help="of weights, order, noise and samples (default 0)")
-    flag("--device", default="auto", choices=["auto", *kinds], help="auto: cuda, or else cpu")
-    flag("--dataset", default="MNIST", choices=["MNIST", "FashionMNIST", "KMNIST"], help="(MNIST)")
-    flag("--data-dir", default="data", help="folder of the data sets (default %(default)s)")
-    flag("--out-dir", default=f"out/{Path(__file__).stem}", help="for output (default %(default)s)")
-    flag("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
-    flag("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
-    flag("--resume", action="store_true", help="go on from model.pt; repeat the other flags")
-    flag("--sample", type=int, metavar="N", help="do not train: N samples of model.pt")
-    flag("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
-    flag("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
+def to_flag(name):
+    """n_layer -> --n-layer"""
+    return "--" + name.replace("_", "-")
+
+
+def make_parser():
+    """All flags: the same ones in each script, and then the sizes of its model."""
+    devices = ["cpu"]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    datasets = ["MNIST", "FashionMNIST", "KMNIST"]
+
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=f"Train {Model.__name__}, or draw samples from it."
+    )
+    add = parser.add_argument
+    add("--epochs", type=int, default=EPOCHS, help="passes over the images (default %(default)s)")
+    add("--batch-size", type=int, default=BATCH_SIZE, help="images a step (default %(default)s)")
+    add("--lr", type=float, default=LR, help="peak learning rate (default %(default)s)")
+    add("--seed", type=int, default=0, help="of weights, order and noise (default %(default)s)")
+    add("--device", choices=devices, default=device, help="(default %(default)s)")
+    add("--dataset", choices=datasets, default="MNIST", help="(default %(default)s)")
+    add("--data-dir", type=Path, help="folder of the data sets (default: data, beside common.py)")
+    add("--out-dir", type=Path, default=f"out/{NAME}", help="for output (default %(default)s)")
+    add("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
+    add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
+    add("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
+    add("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", action="store_true", help="go on with the run in OUT_DIR")
+    mode.add_argument("--sample", type=int, metavar="N", help="only draw N images from that run")
+
+    sizes = parser.add_argument_group(f"sizes of the model, explained in class {Model.__name__}")
+    for name, parameter in inspect.signature(Model).parameters.items():
+        if name not in ("size", "n_classes"):  # these two follow from the data
+            default = parameter.default
+            text = "(default %(default)s)"
+            sizes.add_argument(to_flag(name), type=type(default), default=default, help=text)
+    return parser
+
+
+def parse_args(argv):
+    """The settings in the list argv (None: of the command line), and a checkpoint or None.
+
+    --resume and --sample load the checkpoint of a run. What it was made with becomes the default
+    of each flag, and a flag that contradicts it is refused.
+    """
+    parser = make_parser()
     args = parser.parse_args(argv)
-    if min(args.epochs, args.batch_size, args.lr, 1 if args.sample is None else args.sample) <= 0:
-        parser.error("--epochs, --batch-size, --lr and --sample must be above 0")
-    from common import load_mnist, save_images  # elsewhere: use your own tensors and pictures
-    torch.manual_seed(args.seed)
-    device, out = args.device.replace("auto", kinds[-1]), Path(args.out_dir + "-dry" * args.dry_run)
-    config = Model.__init__.__kwdefaults__ | {"n_classes": 10 * args.class_cond}
-    model = Model(**config).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)
-    ema = AveragedModel(model, multi_avg_fn=lambda *a: get_ema_multi_avg_fn(0.5 ** (20 / step))(*a))
-    net, kept = ema.module.eval().requires_grad_(False), {}  # net is what we test, sample and keep
-    parts = {"model": net, "ema": ema, "weights": model, "optimizer": optimizer}
-    try:
-        if args.resume or args.sample: kept = torch.load(out / "model.pt", "cpu", weights_only=True)
-        for key in kept and parts: parts[key].load_state_dict(kept[key])
-    except Exception as error:  # a damaged or foreign file can raise anything
-        sys.exit(f"cannot load {out}/model.pt: {' '.join(str(error).split())}")
-    amp = torch.autocast(device, torch.bfloat16, torch.cuda.is_bf16_supported(False)
-                         if device == "cuda" else torch.cpu._is_avx512_bf16_supported())
+    for name in ("epochs", "batch_size", "lr", "sample"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"{to_flag(name)} must be above 0")
+    out_dir = args.out_dir.expanduser()
+    if args.dry_run:
+        out_dir = Path(f"{out_dir}-dry")
 
-    def sample(n=4 if args.dry_run else 100):  # from the same noise each time
-        torch.manual_seed(args.seed)
-        return net.sample(n, torch.arange(n, device=device) % 10 if args.class_cond else None)
-    if args.sample: return print("wrote", save_images(sample(args.sample), out / "samples"))
-    cut, log = 2 * args.batch_size if args.dry_run else None, kept.get("log", [])
-    train_x, train_y, test_x, _ = (d[:cut] for d in load_mnist(args.data_dir, args.dataset, device))
-    steps = len(train_x) // args.batch_size or parser.error("--batch-size exceeds the images")
-    last, loss_fn = args.epochs * steps, torch.compile(model.loss) if args.compile else model.loss
-    print(f"{out}: epochs {len(log) + 1} to {args.epochs} of {steps} steps on {device}", flush=True)
-    for epoch in range(len(log) + 1, args.epochs + 1):  # lr: up for 2 % of the run, then down to 0
-        torch.manual_seed(args.seed << 20 | epoch)  # the same order and noise after --resume
-        order, total, start = torch.randperm(len(train_x)).to(device), 0, time.time()
-        for step, i in enumerate(order.split(args.batch_size)[:steps], (epoch - 1) * steps + 1):
-            optimizer.param_groups[0]["lr"] = args.lr * min(50 * step, last + 1 - step) / last
-            loss, _ = amp(loss_fn)(train_x[i] / 255, train_y[i] if args.class_cond else None)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            total += loss.detach()
-            ema.update_parameters(model)  # the last 5 % of all steps so far make up half of net
-            if sys.stdout.isatty() and step % 10 == 0:
-                pace = (time.time() - start) / (step - (epoch - 1) * steps)  # seconds a step
-                print(f"step {step}/{last} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"
-                      f" | {pace * (last - step):.0f} s left  ", end="\r", flush=True)
-        train, seconds = float(total) / steps, time.time() - start  # then test, at last by bound
-        test = evaluate(amp(epoch == args.epochs and getattr(net, "bound", 0) or net.loss), test_x)
-        log.append({"epoch": epoch, "seconds": seconds, "train_loss": train} | test)
-        if not math.isfinite(sum(log[-1].values())): sys.exit(f"loss {train}: try a smaller --lr")
-        save_images(grid := sample(), out / f"samples_{epoch:04d}")
-        state = {key: part.state_dict() for key, part in parts.items()}
-        torch.save(state | {"config": config, "log": log}, buffer := io.BytesIO())
-        (out / "model.pt.part").write_bytes(buffer.getvalue())
-        os.replace(out / "model.pt.part", out / "model.pt")  # never a half-written model.pt
-        rows = [max(log, key=len), *(row.values() for row in log)]  # names: of the longest row
-        (out / "log.csv").write_text("\n".join(",".join(map(str, row)) for row in rows) + "\n")
-        figures = " ".join(f"{key} {value:.4g}" for key, value in test.items())
-        print(f"epoch {epoch:3}/{args.epochs} | train loss {train:.4g} | test {figures} | "
-              f"{seconds:.1f} s | {steps * args.batch_size / seconds:,.0f} img/s", flush=True)
+    checkpoint = None
+    if args.resume or args.sample:
+        checkpoint = load_checkpoint(out_dir / "model.pt", args.resume)
+        made_with = checkpoint.get("settings", {}) | checkpoint["config"]
+        made_with["class_cond"] = made_with["n_classes"] > 0
+        parser.set_defaults(**made_with)
+        args = parser.parse_args(argv)
+        may_differ = ["epochs", "lr"]
+        if args.sample:
+            may_differ += ["batch_size", "seed"]
+        for name, value in made_with.items():
+            if getattr(args, name) != value and name not in may_differ:
+                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}: {value} there")
+    args.out_dir = out_dir
+    return args, checkpoint
+
+
+def set_seed(seed, epoch=0):
+    """Seed all random numbers: of an epoch, or with epoch 0, of the weights or the samples."""
+    torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
+
+
+def bfloat16_autocast(device):
+    """The context that runs convolutions and products in bfloat16, where the hardware can."""
+    supported = False
+    if device == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
+        supported = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.autocast(device, torch.bfloat16, enabled=supported)
+
+
+def learning_rate(step, total_steps, peak):
+    """Rises over the first 2 % of the steps, then falls along a line, to 0 after the last one."""
+    warmup = max(1, round(0.02 * total_steps))
+    if step <= warmup:
+        return peak * step / warmup
+    return peak * (total_steps + 1 - step) / (total_steps + 1 - warmup)
+
+
+def make_optimizers(model):
+    """One optimizer for all weights; train_epoch sets its learning rate in each step."""
+    return [torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)]
+
+
+def train_step(model, optimizers, autocast, x, y):
+    """Update the model on images x (B, 1, H, W) in [0, 1], labels y (B,) or None -> the loss."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    with autocast:
+        loss, _ = model.loss(x, y)
+    loss.backward()
+    # A loss in nats is a sum over pixels, and the norm of its gradient 10 to 110: then this does
+    # not only cut off peaks, but sets the norm to 1 in every step, which helps.
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss.detach()
+
+
+@torch.no_grad()
+def update_ema(ema, model, step):
+    """Move the weights of ema, an average over the latest steps, towards those of the model.
+
+    The average reaches back in proportion to the step (1, 2, ...): the last 5 % of the steps so
+    far make up half of it. So it follows fast at first, and has forgotten the start at the end.
+    """
+    decay = 0.5 ** (20 / step)
+    for average, weight in zip(ema.parameters(), model.parameters()):
+        average.lerp_(weight, 1 - decay)  # decay * average + (1 - decay) * weight
+    for average, buffer in zip(ema.buffers(), model.buffers()):
+        average.copy_(buffer)
+
+
+def train_epoch(epoch, args, model, ema, optimizers, images, labels):
+    """One pass over the uint8 images (N, 1, H, W), with labels (N,) or None -> mean loss, seconds.
+
+    Updates model and ema. Images that would not fill a batch are left out, others in each epoch.
+    """
+    set_seed(args.seed, epoch)  # so that --resume finds the same order and noise
+    order = torch.randperm(len(images)).to(images.device)
+    steps = len(images) // args.batch_size
+    total_steps = args.epochs * steps
+    autocast = bfloat16_autocast(args.device)
+    loss_sum = 0
+    start = shown = time.time()
+    for i in range(steps):
+        step = (epoch - 1) * steps + i + 1  # since the start of the run
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, total_steps, args.lr)
+
+        idx = order[i * args.batch_size : (i + 1) * args.batch_size]
+        x = images[idx] / 255
+        y = None if labels is None else labels[idx]
+        loss = train_step(model, optimizers, autocast, x, y)
+        update_ema(ema, model, step)
+        loss_sum += loss
+
+        if (
+            os.isatty(1) and time.time() > shown + 1
+        ):  # each second: reading the loss makes a GPU wait
+            shown = time.time()
+            pace = (shown - start) / (i + 1)  # seconds a step
+            print(
+                f"step {step}/{total_steps} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"
+                f" | {pace * (total_steps - step):.0f} s left  ",
+                end="\r",
+                flush=True,
+            )
+    return float(loss_sum) / steps, time.time() - start
+
+
+def evaluate(loss_fn, images, autocast, batch_size=500):
+    """Mean of each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: number}.
+
+    It seeds the random numbers for each batch, so that every call sees the same noise. There is no
+    torch.no_grad() around it, as the loss of gan.py takes a gradient.
+    """
+    means = {}
+    for i, batch in enumerate(images.split(batch_size)):
+        torch.manual_seed(i)
+        with autocast:
+            _, metrics = loss_fn(batch / 255)
+        for name, value in metrics.items():
+            means[name] = means.get(name, 0) + float(value) * len(batch) / len(images)
+    return means
+
+
+def draw_samples(model, n, args, chunk=500):
+    """n images (n, 1, H, W) in [0, 1], the same for the same seed; image i has label i % 10."""
+    set_seed(args.seed)
+    samples = []
+    for start in range(0, n, chunk):
+        idx = torch.arange(start, min(start + chunk, n), device=args.device)
+        y = idx % model.n_classes if args.class_cond else None
+        samples.append(model.sample(len(idx), y))
+    return torch.cat(samples)
+
+
+def save_checkpoint(args, config, model, ema, optimizers, log, new=False):
+    """Write model.pt in one step: neither a kill nor a full disk leaves half a file.
+
+    new: raise FileExistsError if there is one already
+    """
+    settings = ("epochs", "batch_size", "lr", "seed", "dataset")
+    checkpoint = {
+        "script": NAME,
+        "config": config,
+        "settings": {name: getattr(args, name) for name in settings},
+        "model": ema.state_dict(),  # the averaged weights: the ones to use
+        "weights": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "log": log,
+    }
+    data = io.BytesIO()  # on a full disk torch.save raises a RuntimeError, write_bytes an OSError
+    torch.save(checkpoint, data)
+    path = args.out_dir / "model.pt"
+    part = args.out_dir / f"model.pt.{os.getpid()}.part"
+    try:
+        part.write_bytes(data.getvalue())
+        if new:
+            path.touch(exist_ok=False)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, resume):
+    """The dictionary that save_checkpoint wrote; config and model are enough to sample from."""
+    try:
+        checkpoint = torch.load(path, "cpu", weights_only=True)
+        if checkpoint.get("script", NAME) != NAME:
+            raise ValueError(f"it is of {checkpoint['script']}.py")
+        Model(**checkpoint["config"]).load_state_dict(checkpoint["model"])  # raises if they differ
+    except Exception as error:  # a missing, damaged or foreign file can raise anything
+        sys.exit(f"cannot load {path}: {' '.join(str(error).split())}")
+    missing = {"settings", "weights", "optimizers", "log"} - checkpoint.keys()
+    if resume and missing:
+        sys.exit(f"cannot go on from {path}: it holds no {', '.join(sorted(missing))}")
+    return checkpoint
+
+
+def sample_only(args, checkpoint):
+    """--sample N: all N images as numbers, and the first 100 as a picture."""
+    from common import save_images
+
+    model = Model(**checkpoint["config"])
+    model.load_state_dict(checkpoint["model"])
+    samples = draw_samples(model.to(args.device).eval(), args.sample, args)
+    save_images(samples, args.out_dir / "samples.npy")
+    save_images(samples[:100], args.out_dir / "samples.png")
+    print(f"wrote samples.npy and samples.png into {args.out_dir}")
+
+
+def main(argv=None):
+    """Train, or with --sample only draw; argv: a list of flags, or None for the command line."""
+    args, checkpoint = parse_args(argv)
+    if args.sample:
+        sample_only(args, checkpoint)
+        return
+
+    # packages and data; what can fail shall do so before the first step
+    from common import load_mnist, save_images  # elsewhere: your own tensors and pictures
+
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+    train_x, train_y, test_x, _ = load_mnist(args.data_dir, args.dataset, args.device)
+    if checkpoint is None:
+        args.size = train_x.shape[-1]
+        args.n_classes = int(train_y.max()) + 1 if args.class_cond else 0
+    n_samples = 100
+    if args.dry_run:
+        n_samples = 4
+        train_x, train_y, test_x = (x[: 2 * args.batch_size] for x in (train_x, train_y, test_x))
+    labels = train_y if args.class_cond else None
+    if args.batch_size > len(train_x):
+        sys.exit(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
+
+    # model: the weights in training, and ema, their average, which is tested and kept
+    config = {name: getattr(args, name) for name in inspect.signature(Model).parameters}
+    set_seed(args.seed)
+    try:
+        model = Model(**config).to(args.device, memory_format=torch.channels_last)
+    except ValueError as error:  # sizes that it cannot have
+        sys.exit(f"{NAME}.py: error: {error}")
+    ema = copy.deepcopy(model).to(args.device)  # .to puts the weights of an LSTM into one block
+    ema.eval().requires_grad_(False)
+    optimizers = make_optimizers(model)
+    log = []
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["weights"])
+        ema.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        log = checkpoint["log"]
+    if len(log) > args.epochs:
+        sys.exit(f"--epochs {args.epochs}: the run in {args.out_dir} has had {len(log)} already")
+    if args.compile:
+        model.compile()
+
+    # output: from here on, --resume has a checkpoint to go on from
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    is_new = checkpoint is None and not args.dry_run
+    try:
+        save_checkpoint(args, config, model, ema, optimizers, log, is_new)
+    except FileExistsError:
+        sys.exit(f"{args.out_dir} holds a run: --resume it, choose another --out-dir, or delete it")
+    if args.tensorboard:
+        board = SummaryWriter(args.out_dir)
+    steps = len(train_x) // args.batch_size
+    epochs = f"epochs {len(log) + 1} to {args.epochs} of {steps} steps"
+    print(f"{args.out_dir}: {epochs} on {args.device}; --resume goes on if stopped", flush=True)
+
+    for epoch in range(len(log) + 1, args.epochs + 1):
+        train_loss, seconds = train_epoch(epoch, args, model, ema, optimizers, train_x, labels)
+        test = evaluate(ema.loss, test_x, bfloat16_autocast(args.device))
+        row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **test}
+        if not all(math.isfinite(value) for value in row.values()):
+            sys.exit(f"epoch {epoch} has a loss of {train_loss}: --resume with a smaller --lr")
+        log.append(row)
+
+        samples = draw_samples(ema, n_samples, args)
+        save_images(samples, args.out_dir / f"samples_{epoch:04d}.png")
+        save_images(samples, args.out_dir / "samples.png")
+        save_checkpoint(args, config, model, ema, optimizers, log)
+        with open(args.out_dir / "log.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=row.keys())
+            writer.writeheader()
+            writer.writerows(log)
+
+        figures = " ".join(f"{name} {value:.4g}" for name, value in test.items())
+        speed = steps * args.batch_size / seconds
+        print(
+            f"epoch {epoch:3}/{args.epochs} | train loss {train_loss:.4g} | test {figures} | "
+            f"{seconds:.1f} s | {speed:,.0f} img/s",
+            flush=True,
+        )
         if args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            with SummaryWriter(out) as board:
-                board.add_images("samples", grid, epoch)
-                for figure in log[-1].items(): board.add_scalar(*figure, epoch)
-    for name, x in ({"samples": sample()} | net.pictures(test_x[::64][:20] / 255)).items():
-        save_images(x, out / name)
+            board.add_images("samples", samples, epoch)
+            for name, value in row.items():
+                board.add_scalar(name, value, epoch)
+
+    # pictures that show how the model works
+    set_seed(args.seed)
+    for name, images in ema.pictures(test_x[:20] / 255).items():
+        suffix = "gif" if images.ndim == 5 else "png"
+        save_images(images, args.out_dir / f"{name}.{suffix}")
 
 
 if __name__ == "__main__":
-    try: main()
-    except (OSError, ImportError, KeyboardInterrupt) as error:
-        sys.exit(f"{Path(__file__).name}: error: {str(error) or 'interrupted, --resume goes on'}")
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except (OSError, ModuleNotFoundError) as error:
+        sys.exit(f"{NAME}.py: error: {error}")

@@ -68,7 +68,7 @@ def accuracy(classifier, x, y):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=int, default=12, help="(default %(default)s)")
-    parser.add_argument("--data-dir", default="data", help="(default %(default)s)")
+    parser.add_argument("--data-dir", help="(default: data, beside common.py)")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -94,8 +94,11 @@ def main(argv=None):
         grey = test_x / 255
         torch.manual_seed(epoch)  # of the binary test digits, and of the next epoch
         right = [accuracy(classifier, x, test_y) for x in (grey, torch.bernoulli(grey))]
-        print(f"epoch {epoch + 1:3}/{args.epochs} | loss {loss:.4f} | test accuracy grey "
-              f"{right[0]:.4f} binary {right[1]:.4f} | {time.time() - start:.1f} s", flush=True)
+        print(
+            f"epoch {epoch + 1:3}/{args.epochs} | loss {loss:.4f} | test accuracy grey "
+            f"{right[0]:.4f} binary {right[1]:.4f} | {time.time() - start:.1f} s",
+            flush=True,
+        )
     torch.save(classifier.state_dict(), WEIGHTS)
 
 

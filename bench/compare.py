@@ -38,8 +38,9 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from classifier import WEIGHTS, load_classifier
-from common import load_mnist, save_images
 from train_all import SCRIPTS
+
+from common import load_mnist, save_images
 
 GREY = "gan", "diffusion"
 START, END = "<!-- bench/compare.py writes from here -->\n", "<!-- to here -->\n"
@@ -56,19 +57,29 @@ def frechet(a, b):
     return (means + cov_a.trace() + cov_b.trace() - 2 * root).item()
 
 
+def kernel_sum(a, b):
+    """Sum of the kernel (p q / D + 1)^3 over all pairs of p in a (N, D) and q in b (M, D)."""
+    return sum(((part @ b.T / b.shape[1] + 1) ** 3).sum() for part in a.split(1000))
+
+
+def kernel_mean(a):
+    """Mean of that kernel over all pairs of two different rows of a (N, D)."""
+    with_itself = ((a.square().sum(1) / a.shape[1] + 1) ** 3).sum()
+    return (kernel_sum(a, a) - with_itself) / (len(a) * (len(a) - 1))
+
+
 def kid(a, b):
     """Squared kernel distance of a (N, D) and b (M, D), unbiased (arXiv:1801.01401)."""
-    kernel = lambda p, q: sum(((x @ q.T / q.shape[1] + 1) ** 3).sum() for x in p.split(1000))
-    alone = lambda p: ((p.square().sum(1) / p.shape[1] + 1) ** 3).sum()  # a sample with itself
-    inside = [(kernel(p, p) - alone(p)) / (len(p) * (len(p) - 1)) for p in (a, b)]
-    return (sum(inside) - 2 * kernel(a, b) / (len(a) * len(b))).item()
+    between = kernel_sum(a, b) / (len(a) * len(b))
+    return (kernel_mean(a) + kernel_mean(b) - 2 * between).item()
 
 
-def among(a, b, k=3):
-    """Share of the a (N, D) that are nearer to some b (M, D) than that one's k-th neighbour in b
-    (precision and recall of arXiv:1904.06991)."""
-    radius = torch.cat([torch.cdist(x, b).kthvalue(k + 1).values for x in b.split(1000)])
-    inside = [(torch.cdist(x, b) < radius).any(1) for x in a.split(1000)]
+def manifold_coverage(a, b, k=3):
+    """Share of the a (N, D) that lie in the manifold of b (M, D): nearer to some b than that one's
+    k-th neighbour in b is. Of samples in data it is the precision, of data in samples the recall
+    of arXiv:1904.06991."""
+    radius = torch.cat([torch.cdist(part, b).kthvalue(k + 1).values for part in b.split(1000)])
+    inside = [(torch.cdist(part, b) < radius).any(1) for part in a.split(1000)]
     return torch.cat(inside).double().mean().item()
 
 
@@ -91,7 +102,8 @@ class Data:
         a, digits = self.features(x)
         share = digits.bincount(minlength=10) / len(x)
         return {"Frechet": frechet(a, self.real), "KID": kid(a, self.real),
-                "precision": among(a, self.real), "recall": among(self.real, a),
+                "precision": manifold_coverage(a, self.real),
+                "recall": manifold_coverage(self.real, a),
                 "rarest": share.min().item(), "commonest": share.max().item()}  # fmt: skip
 
 
@@ -99,7 +111,7 @@ def load(script, folder, device):
     """-> the module script.py, the model of out/<folder>/model.pt, and that checkpoint."""
     module = importlib.import_module(script)
     saved = torch.load(f"out/{folder}/model.pt", device, weights_only=True)
-    model = module.main.__defaults__[1](**saved["config"]).to(device).eval().requires_grad_(False)
+    model = module.Model(**saved["config"]).to(device).eval().requires_grad_(False)
     model.load_state_dict(saved["model"])
     return module, model, saved
 
@@ -121,8 +133,10 @@ def measure(script, n, data, test_x, device):
     figures = {"epochs": len(seconds), "s/epoch": seconds[len(seconds) // 2],
                "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
     if script not in GREY:
-        with torch.autocast(device, torch.bfloat16):
-            test = module.evaluate(getattr(model, "bound", model.loss), test_x)
+        loss_fn = model.loss
+        if script == "vae":
+            loss_fn = model.bound  # the bound of 64 draws, too
+        test = module.evaluate(loss_fn, test_x, module.bfloat16_autocast(device))
         figures |= {name: test[name] for name in ("nll", "neg_elbo", "iwae") if name in test}
     times = []
     for _ in range(3):
@@ -140,18 +154,22 @@ def measure(script, n, data, test_x, device):
     return figures
 
 
-def kept(name, key, function, *args):
+def cached(name, key, function, *args):
     """The result of function(*args), or that of an earlier run with the same key."""
     path = Path(f"out/bench/{name}.pt")
-    if not (path.exists() and (result := torch.load(path, weights_only=True))["key"] == key):
-        result = {"key": key, "figures": function(*args)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(result, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
-    return result["figures"]
+    if path.exists():
+        result = torch.load(path, weights_only=True)
+        if result["key"] == key:
+            return result["figures"]
+    figures = function(*args)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    torch.save({"key": key, "figures": figures}, part)
+    os.replace(part, path)
+    return figures
 
 
-def floor(n, data, train_x):
+def real_baseline(n, data, train_x):
     """-> {figure: number} of n training images, a mean over five draws."""
     draws = [torch.randperm(len(train_x), generator=torch.manual_seed(i))[:n] for i in range(5)]
     figures = [data.compare(train_x[i.to(train_x.device)] / 255) for i in draws]
@@ -176,7 +194,7 @@ def row(name, figures, real):
     return "| " + " | ".join(show.get(column, "") for column in COLUMNS) + " |\n"
 
 
-def strip(rows):
+def contact_sheet(rows):
     """{name: an image file with 10 columns} -> (1, 1, H, W): its first row of each, labelled."""
     canvas = Image.new("L", (374, 30 * len(rows) + 2), 128)
     for i, (name, path) in enumerate(rows.items()):
@@ -188,25 +206,28 @@ def strip(rows):
 
 def pictures(assets, test_x, device):
     """All ten in one picture, how samples change in training, and how codes become an image."""
-    save_images(test_x[:10] / 255, "out/bench/data")
+    save_images(test_x[:10] / 255, "out/bench/data.png")
     rows = {"test images": "out/bench/data.png"}
     rows |= {script: f"out/{script}/samples.png" for script in SCRIPTS}
-    save_images(strip(rows), assets / "samples")
+    save_images(contact_sheet(rows), assets / "samples.png")
     epochs = {script: sorted(Path(f"out/{script}").glob("samples_*.png")) for script in SCRIPTS}
     epochs = {script: paths for script, paths in epochs.items() if len(paths) > 2}
     frames = [{script: paths[round(i / 19 * (len(paths) - 1))] for script, paths in epochs.items()}
               for i in range(20)]  # fmt: skip
-    save_images(torch.stack([strip(rows) for rows in frames]), assets / "progress")
+    save_images(torch.stack([contact_sheet(rows) for rows in frames]), assets / "progress.gif")
     _, model, _ = load("vqvae", "vqvae", device)
     torch.manual_seed(0)
-    codes, frames = torch.zeros(20, 49, dtype=torch.int64, device=device), []
-    for i, logits in enumerate(model.scan(codes, None)):
+    codes = torch.zeros(20, 49, dtype=torch.int64, device=device)
+    cache = model.new_cache(20)
+    frames = []
+    for i in range(49):
+        logits = model.logits_at(codes, None, i, cache)
         codes[:, i] = logits.softmax(1).multinomial(1)[:, 0]
         x = model.decode(model.codebook[codes]).sigmoid()
         future = torch.arange(49, device=device).view(1, 1, 7, 7) > i
         # the codes that are not drawn yet are 0 for the decoder; the picture hides their places
         frames.append(x.where(~future.repeat_interleave(4, 2).repeat_interleave(4, 3), 0.5))
-    save_images(torch.stack(frames), assets / "codes")
+    save_images(torch.stack(frames), assets / "codes.gif")
 
 
 @torch.no_grad()
@@ -215,7 +236,7 @@ def main(argv=None):
     flag = parser.add_argument
     flag("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS, help="(default: all ten)")
     flag("--samples", type=int, default=10_000, help="of each model (default %(default)s)")
-    flag("--data-dir", default="data", help="folder of the data sets (default %(default)s)")
+    flag("--data-dir", help="folder of the data sets (default: data, beside common.py)")
     flag("--readme", type=Path, default=ROOT / "README.md", help="for the table; assets/ beside it")
     args = parser.parse_args(argv)
     if args.samples < 100:
@@ -223,29 +244,34 @@ def main(argv=None):
     for script in args.scripts:
         if not Path(f"out/{script}/model.pt").exists():
             sys.exit(f"no out/{script}/model.pt: train it first, with python {script}.py")
-    whole, text = args.scripts == SCRIPTS, args.readme.read_text()
+    whole = args.scripts == SCRIPTS
+    text = args.readme.read_text()
     if whole and (START not in text or END not in text):
         sys.exit(f"{args.readme} has no lines {START.strip()} and {END.strip()}")
-    device, n = "cuda" if torch.cuda.is_available() else "cpu", args.samples
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    n = args.samples
     train_x, _, test_x, _ = load_mnist(args.data_dir, device=device)
     classifier = load_classifier(device)
     sets = [Data(test_x, classifier, device, binary) for binary in (False, True)]
     key = [n, device, WEIGHTS.stat().st_mtime]
-    floors = [kept(f"data-{i}", key, floor, n, data, train_x) for i, data in enumerate(sets)]
+    baselines = []
+    for i, data in enumerate(sets):
+        baselines.append(cached(f"data-{i}", key, real_baseline, n, data, train_x))
     table = "| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS) + "\n"
     for i, name in enumerate(("training images, grey", "training images, binarised")):
-        table += row(name, floors[i], floors[i]["Frechet"])
+        table += row(name, baselines[i], baselines[i]["Frechet"])
     for script in args.scripts:
         binary = script not in GREY
         paths = [Path(f"out/{script}{kind}/model.pt") for kind in ("", "-labels")]
         times = [path.stat().st_mtime for path in paths if path.exists()]
-        figures = kept(script, [*key, *times], measure, script, n, sets[binary], test_x, device)
-        table += row(script, figures, floors[binary]["Frechet"])
+        figures = cached(script, [*key, *times], measure, script, n, sets[binary], test_x, device)
+        table += row(script, figures, baselines[binary]["Frechet"])
         print(table.split("\n")[-2], flush=True)
     where = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
     table += f"\n{n:,} samples of each model; torch {torch.__version__}, {where}.\n"
     if not whole:
-        return print(table)
+        print(table)
+        return
     pictures(args.readme.parent / "assets", test_x, device)
     text = args.readme.read_text()  # only now: it may have been edited in the meantime
     before, after = text.split(START)[0], text.split(END)[1]

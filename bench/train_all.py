@@ -13,6 +13,7 @@ script instead, and says what they wait for: the launches of kernels, memory, or
 """
 
 import argparse
+import copy
 import importlib
 import json
 import signal
@@ -33,27 +34,31 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def trainer(script):
-    """-> three functions: a training step on random images, a test of 500, 100 samples, each of
-    which waits for its end; and the steps of an epoch of 60,000 images."""
-    _, Model, _, batch_size, lr = importlib.import_module(script).main.__defaults__
-    model = Model().to(DEVICE, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr / 100, fused=True)
-    x = torch.rand(batch_size, 1, 28, 28, device=DEVICE)
+    """-> three functions: the script's own training step on random images, a test of 500 images,
+    100 samples, each of which waits for its end; and the steps of an epoch of 60,000 images."""
+    module = importlib.import_module(script)
+    model = module.Model().to(DEVICE, memory_format=torch.channels_last)
+    ema = copy.deepcopy(model).to(DEVICE).eval().requires_grad_(False)
+    optimizers = module.make_optimizers(model)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = module.LR / 100
+    autocast = module.bfloat16_autocast(DEVICE)
+    x = torch.rand(module.BATCH_SIZE, 1, 28, 28, device=DEVICE)
+    images = torch.randint(256, (500, 1, 28, 28), dtype=torch.uint8, device=DEVICE)
 
     def step():
-        with torch.autocast(DEVICE, torch.bfloat16):
-            loss, _ = model.loss(x)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        loss = module.train_step(model, optimizers, autocast, x, None)
+        module.update_ema(ema, model, 1000)
         return loss.item()
 
     def test():
-        with torch.autocast(DEVICE, torch.bfloat16):
-            return model.loss(torch.rand(500, 1, 28, 28, device=DEVICE))[0].item()
+        return module.evaluate(ema.loss, images, autocast)
 
-    return step, test, lambda: model.sample(100).sum().item(), 60_000 // batch_size
+    def sample():
+        return ema.sample(100).sum().item()
+
+    return step, test, sample, 60_000 // module.BATCH_SIZE
 
 
 def seconds(function, n, warm_up=3):
@@ -75,7 +80,8 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if count := flop_registry.get(function.overloadpacket):
+        count = flop_registry.get(function.overloadpacket)
+        if count is not None:
             self.total += count(*args, **(kwargs or {}), out_val=result)
         return result
 
@@ -113,13 +119,15 @@ def main(argv=None):
         print(f"a bf16 product makes {peak / 1e12:.3g} Tflop/s on this {DEVICE}\n\n"
               "| script | ms/step | s/epoch | GPU busy | share of product | bound by |\n"
               "|---|---|---|---|---|---|")  # fmt: skip
-        return [profile(script, peak) for script in args.scripts]
+        for script in args.scripts:
+            profile(script, peak)
+        return
     if args.minutes <= 0:
         parser.error("--minutes must be above 0")
     path = Path("out/bench/plan.json")
     plan = json.loads(path.read_text()) if path.exists() else {}
     for script in args.scripts:
-        out = f"out/{script}" + "-labels" * args.labels
+        out = f"out/{script}-labels" if args.labels else f"out/{script}"
         if out not in plan:
             share = 0.9 * 60 * args.minutes / len(args.scripts)
             step, test, sample, steps = trainer(script)
@@ -127,14 +135,21 @@ def main(argv=None):
             plan[out] = max(1, int(share / epoch))
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(plan))
-        model, epochs = Path(out, "model.pt"), plan[out]
-        done = len(torch.load(model, "cpu", weights_only=True)["log"]) if model.exists() else 0
+        epochs = plan[out]
+        checkpoint = Path(out, "model.pt")
+        done = 0
+        if checkpoint.exists():
+            done = len(torch.load(checkpoint, "cpu", weights_only=True)["log"])
         if done >= epochs:
             print(f"{out}: all {epochs} epochs are done", flush=True)
             continue
         command = [sys.executable, str(ROOT / f"{script}.py"), "--epochs", str(epochs)]
-        command += ["--out-dir", out, *["--class-cond"] * args.labels, *["--resume"] * (done > 0)]
-        if subprocess.run(command).returncode:
+        command += ["--out-dir", out]
+        if args.labels:
+            command.append("--class-cond")
+        if checkpoint.exists():
+            command.append("--resume")
+        if subprocess.run(command).returncode != 0:
             sys.exit(f"{script}.py stopped; start again to go on")
     if args.scripts == SCRIPTS and not args.labels:
         subprocess.run([sys.executable, str(ROOT / "bench/compare.py")])

@@ -1,0 +1,27 @@
+"""Fixtures for all tests; the project's folder can be imported from, wherever pytest starts."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
+
+from helpers import SMALL, main_of, size_flags
+
+import common
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """A function that runs a script's main on 300 + 100 images of 8 x 8 and a tiny model, in an
+    empty folder: small("vae", "--epochs", 2)."""
+    data = [part[:n] for part, n in zip(SMALL, (300, 300, 100, 100))]
+    monkeypatch.setattr(common, "load_mnist", lambda *_: data)
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *flags):
+        main_of(name)(["--device", "cpu", *size_flags(name), *map(str, flags)])
+
+    return run

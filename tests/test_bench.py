@@ -1,0 +1,132 @@
+"""bench/: the distances are right, and an interrupted head-to-head goes on."""
+
+import subprocess
+from pathlib import Path
+
+import compare
+import pytest
+import torch
+import train_all
+from helpers import IMAGES, SIZES, model_class, tiny
+from PIL import Image
+
+import common
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def test_distances_know_the_answer():
+    a, b = torch.randn(300, 4).double() @ torch.randn(4, 4).double(), torch.randn(200, 4).double()
+    # of Gaussians whose covariances commute: |mean difference|^2 + tr (root a - root b)^2
+    expected = (a.mean(0) + 3).square().sum() + a.T.cov().trace()
+    assert abs(compare.frechet(a, 2 * a + 3) / expected - 1) < 1e-9
+    assert abs(compare.frechet(a, a)) < 1e-9
+
+    def kernel(x, y):
+        return ((x @ y).item() / 4 + 1) ** 3
+
+    a, b = a[:20], b[:10]
+    inside_a = [kernel(p, q) for i, p in enumerate(a) for j, q in enumerate(a) if i != j]
+    inside_b = [kernel(p, q) for i, p in enumerate(b) for j, q in enumerate(b) if i != j]
+    between = [kernel(p, q) for p in a for q in b]
+    expected = mean(inside_a) + mean(inside_b) - 2 * mean(between)
+    assert abs(compare.kid(a, b) / expected - 1) < 1e-9
+
+    b = torch.randn(20, 4).double()
+    near = [any((p - q).norm() < sorted((q - o).norm() for o in b)[3] for q in b) for p in a]
+    assert 0.1 < mean(near) < 1
+    assert compare.manifold_coverage(a, b) == mean(near)
+
+
+def test_compare_fills_the_readme_and_goes_on(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "SCRIPTS", ["vqvae", "gan"])
+    limited = [data[:n] for data, n in zip(IMAGES, (300, 300, 200, 200))]
+    monkeypatch.setattr(compare, "load_mnist", lambda *_, **__: limited)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{compare.START}old\n{compare.END}after\n")
+    with pytest.raises(SystemExit, match="no out/vqvae/model.pt"):
+        compare.main(["--readme", str(readme)])
+    for folder, n_classes in (("vqvae", 0), ("gan", 0), ("gan-labels", 10)):
+        name = folder.split("-")[0]
+        model = tiny(name, n_classes=n_classes)
+        config = {**SIZES[name], "n_classes": n_classes}
+        log = [{"seconds": 2.0}, {"seconds": 3.0}, {"seconds": 9.0}]
+        Path("out", folder).mkdir(parents=True)
+        state = {"model": model.state_dict(), "config": config, "log": log}
+        torch.save(state, f"out/{folder}/model.pt")
+        for title in ("samples", "samples_0001", "samples_0002", "samples_0003"):
+            common.save_images(model.eval().sample(10), f"out/{folder}/{title}.png")
+    compare.main(["--readme", str(readme), "--samples", "100"])
+    text = readme.read_text()
+    assert text.startswith("before\n" + compare.START)
+    assert text.endswith(compare.END + "after\n")
+    rows = [line.split(" | ") for line in text.split("\n") if line.startswith("| ")]
+    assert [len(row) for row in rows] == [14] * 5  # the names, two sorts of data, two models
+    assert rows[1][8] == rows[2][8] == "1.0"  # ratios
+    assert float(rows[4][8]) > 10
+    assert rows[4][13].endswith("% |")
+    assert "%" not in rows[3][13]
+    assert rows[3][2:4] == ["3", "3"]
+    with Image.open("assets/samples.png") as samples, Image.open("assets/progress.gif") as progress:
+        assert samples.size == (374, 92)
+        assert progress.n_frames > 1
+    assert Path("assets/codes.gif").stat().st_size < 1_000_000
+    monkeypatch.setattr(compare, "measure", None)  # all is kept
+    compare.main(["--readme", str(readme), "--samples", "100"])
+    assert readme.read_text() == text
+
+
+def test_train_all_plans_and_goes_on(monkeypatch, tmp_path):
+    ran = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_all, "trainer", lambda script: (None, None, None, 500))
+    monkeypatch.setattr(train_all, "seconds", lambda step, n, warm_up=3: 0.1)
+
+    def run(command):
+        ran.append([Path(command[1]).name, *command[2:]])
+        return subprocess.CompletedProcess(command, 1 if len(ran) == 2 else 0)
+
+    monkeypatch.setattr(train_all.subprocess, "run", run)
+    flags = ["--minutes", "5", "--scripts", "vae", "gan"]
+    with pytest.raises(SystemExit, match="gan.py stopped"):
+        train_all.main(flags)
+    planned = [[f"{n}.py", "--epochs", "2", "--out-dir", f"out/{n}"] for n in ("vae", "gan")]
+    assert ran == planned  # two of 52.1 s fit into 135 s
+    for name, n in (("vae", 2), ("gan", 1)):
+        Path("out", name).mkdir()
+        torch.save({"log": [{}] * n}, f"out/{name}/model.pt")
+    train_all.main(flags)
+    assert ran[2:] == [[*planned[1], "--resume"]]
+    train_all.main([*flags[:4], "--labels"])
+    assert ran[3:] == [["vae.py", "--epochs", "5", "--out-dir", "out/vae-labels", "--class-cond"]]
+
+
+def test_trainer_takes_the_scripts_own_step(monkeypatch):
+    monkeypatch.setattr(train_all, "DEVICE", "cpu")
+    gan = model_class("gan").__module__
+    calls = []
+    module = __import__(gan)
+    train_step = module.train_step
+
+    def watched_step(*args):
+        calls.append(args)
+        return train_step(*args)
+
+    monkeypatch.setattr(module, "train_step", watched_step)
+    step, test, sample, steps = train_all.trainer("gan")
+    step()
+    assert len(calls) == 1
+    assert len(calls[0][1]) == 2  # optimizers
+    assert steps == 937
+    assert test()["d_loss"] > 0
+    assert sample() > 0
+
+
+def test_profile_counts_operations():
+    a = torch.ones(2, 3, requires_grad=True)
+    with train_all.Counter() as counter:
+        (a @ torch.ones(3, 4)).sum().backward()
+    assert counter.total == 2 * 48  # 2 * 2 * 3 * 4 forward, as many backward: one input needs it
