@@ -117,10 +117,12 @@ class MADE(nn.Module):
 
         These units see pixels 0 to i - 1 and units of degree i or less, so now they are final.
         """
+        if i == 0:
+            cache["label"] = self.embed(x, y)  # (B, hidden)
         pixels = x.flatten(1)[:, :i]  # (B, i)
         known = self.n_units[i]  # units, with the new ones
         new = slice(self.n_units[i - 1] if i > 0 else 0, known)
-        h = self.stem.part(pixels, new) + self.embed(x, y)[:, new]
+        h = self.stem.part(pixels, new) + cache["label"][:, new]
         for block, (first_in, last_in) in zip(self.blocks, cache["blocks"]):
             first_in[:, new] = h.relu()
             last_in[:, new] = block.first.part(first_in[:, :known], new).relu()
@@ -307,7 +309,10 @@ def bfloat16_autocast(device):
 
 
 def learning_rate(step, total_steps, peak):
-    """Rises over the first 2 % of the steps, then falls along a line, to 0 after the last one."""
+    """Rises to the peak during the first 2 % of the steps, then falls along a line towards 0.
+
+    step: from 1 to total_steps
+    """
     warmup = max(1, round(0.02 * total_steps))
     if step <= warmup:
         return peak * step / warmup
@@ -326,8 +331,8 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # A loss in nats is a sum over pixels, and the norm of its gradient 10 to 110: then this does
-    # not only cut off peaks, but sets the norm to 1 in every step, which helps.
+    # Scale the gradient down to a norm of 1. Where the loss is in nats, a sum over all pixels, the
+    # norm is above 1 in every step (10 to 110): there this normalises the gradient, which helps.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -336,12 +341,12 @@ def train_step(model, optimizers, autocast, x, y):
 
 @torch.no_grad()
 def update_ema(ema, model, step):
-    """Move the weights of ema, an average over the latest steps, towards those of the model.
+    """Move the weights of ema, an exponential moving average, a little towards those of the model.
 
-    The average reaches back in proportion to the step (1, 2, ...): the last 5 % of the steps so
-    far make up half of it. So it follows fast at first, and has forgotten the start at the end.
+    Half of the average comes from the last 5 % of all steps so far (step: 1, 2, ...). So it follows
+    fast in the beginning, and later averages over more and more steps.
     """
-    decay = 0.5 ** (20 / step)
+    decay = 0.5 ** (20 / step)  # after step / 20 further steps, the present weights count half
     for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - decay)  # decay * average + (1 - decay) * weight
     for average, buffer in zip(ema.buffers(), model.buffers()):
@@ -349,16 +354,18 @@ def update_ema(ema, model, step):
 
 
 def train_epoch(epoch, args, model, ema, optimizers, images, labels):
-    """One pass over the uint8 images (N, 1, H, W), with labels (N,) or None -> mean loss, seconds.
+    """Update model and ema on all uint8 images (N, 1, H, W), labels (N,) or None, in random order.
 
-    Updates model and ema. Images that would not fill a batch are left out, others in each epoch.
+    Returns the mean loss, and the seconds that it took. Images that are left over after the last
+    full batch are skipped; these are others in each epoch.
     """
-    set_seed(args.seed, epoch)  # so that --resume finds the same order and noise
+    set_seed(args.seed, epoch)  # an epoch's order and noise are the same after --resume
     order = torch.randperm(len(images)).to(images.device)
     steps = len(images) // args.batch_size
     total_steps = args.epochs * steps
     autocast = bfloat16_autocast(args.device)
     loss_sum = 0
+    is_terminal = os.isatty(1)
     start = shown = time.time()
     for i in range(steps):
         step = (epoch - 1) * steps + i + 1  # since the start of the run
@@ -373,25 +380,22 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
         update_ema(ema, model, step)
         loss_sum += loss
 
-        if (
-            os.isatty(1) and time.time() > shown + 1
-        ):  # each second: reading the loss makes a GPU wait
+        # on a terminal, once a second (not in each step, as reading the loss makes a GPU wait)
+        if is_terminal and time.time() > shown + 1:
             shown = time.time()
-            pace = (shown - start) / (i + 1)  # seconds a step
-            print(
-                f"step {step}/{total_steps} | loss {loss:.4g} | {args.batch_size / pace:,.0f} img/s"
-                f" | {pace * (total_steps - step):.0f} s left  ",
-                end="\r",
-                flush=True,
-            )
+            seconds_per_step = (shown - start) / (i + 1)
+            speed = args.batch_size / seconds_per_step
+            seconds_left = seconds_per_step * (total_steps - step)
+            line = f"step {step}/{total_steps} | loss {loss:.4g} | {speed:,.0f} img/s"
+            print(f"{line} | {seconds_left:.0f} s left  ", end="\r", flush=True)
     return float(loss_sum) / steps, time.time() - start
 
 
 def evaluate(loss_fn, images, autocast, batch_size=500):
     """Mean of each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: number}.
 
-    It seeds the random numbers for each batch, so that every call sees the same noise. There is no
-    torch.no_grad() around it, as the loss of gan.py takes a gradient.
+    Seeds the random numbers for each batch, so that every call sees the same noise. The loss of
+    gan.py contains a gradient, so this is not under torch.no_grad().
     """
     means = {}
     for i, batch in enumerate(images.split(batch_size)):
@@ -404,7 +408,10 @@ def evaluate(loss_fn, images, autocast, batch_size=500):
 
 
 def draw_samples(model, n, args, chunk=500):
-    """n images (n, 1, H, W) in [0, 1], the same for the same seed; image i has label i % 10."""
+    """Draw n images (n, 1, H, W) in [0, 1], always the same for a seed; with labels 0, 1, 2, ...
+
+    chunk: images drawn at a time, to limit memory
+    """
     set_seed(args.seed)
     samples = []
     for start in range(0, n, chunk):
@@ -415,9 +422,9 @@ def draw_samples(model, n, args, chunk=500):
 
 
 def save_checkpoint(args, config, model, ema, optimizers, log, new=False):
-    """Write model.pt in one step: neither a kill nor a full disk leaves half a file.
+    """Write model.pt as a whole or not at all, so that a kill or a full disk leaves no half of it.
 
-    new: raise FileExistsError if there is one already
+    new: raise FileExistsError if it exists already
     """
     settings = ("epochs", "batch_size", "lr", "seed", "dataset")
     checkpoint = {
@@ -429,7 +436,9 @@ def save_checkpoint(args, config, model, ema, optimizers, log, new=False):
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "log": log,
     }
-    data = io.BytesIO()  # on a full disk torch.save raises a RuntimeError, write_bytes an OSError
+    data = (
+        io.BytesIO()
+    )  # to a full disk, torch.save fails with a RuntimeError; write_bytes does not
     torch.save(checkpoint, data)
     path = args.out_dir / "model.pt"
     part = args.out_dir / f"model.pt.{os.getpid()}.part"
@@ -443,12 +452,12 @@ def save_checkpoint(args, config, model, ema, optimizers, log, new=False):
 
 
 def load_checkpoint(path, resume):
-    """The dictionary that save_checkpoint wrote; config and model are enough to sample from."""
+    """The dictionary that save_checkpoint wrote; to sample from, config and model are enough."""
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)
         if checkpoint.get("script", NAME) != NAME:
             raise ValueError(f"it is of {checkpoint['script']}.py")
-        Model(**checkpoint["config"]).load_state_dict(checkpoint["model"])  # raises if they differ
+        Model(**checkpoint["config"]).load_state_dict(checkpoint["model"])  # to see that they fit
     except Exception as error:  # a missing, damaged or foreign file can raise anything
         sys.exit(f"cannot load {path}: {' '.join(str(error).split())}")
     missing = {"settings", "weights", "optimizers", "log"} - checkpoint.keys()
@@ -476,31 +485,32 @@ def main(argv=None):
         sample_only(args, checkpoint)
         return
 
-    # packages and data; what can fail shall do so before the first step
+    # packages and data, all of it on the device
     from common import load_mnist, save_images  # elsewhere: your own tensors and pictures
 
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
     train_x, train_y, test_x, _ = load_mnist(args.data_dir, args.dataset, args.device)
-    if checkpoint is None:
-        args.size = train_x.shape[-1]
-        args.n_classes = int(train_y.max()) + 1 if args.class_cond else 0
     n_samples = 100
     if args.dry_run:
         n_samples = 4
-        train_x, train_y, test_x = (x[: 2 * args.batch_size] for x in (train_x, train_y, test_x))
-    labels = train_y if args.class_cond else None
+        limit = 2 * args.batch_size
+        train_x, train_y, test_x = train_x[:limit], train_y[:limit], test_x[:limit]
     if args.batch_size > len(train_x):
         sys.exit(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
+    labels = train_y if args.class_cond else None
 
-    # model: the weights in training, and ema, their average, which is tested and kept
+    # the model in training, and ema, the average of its weights, which is tested and drawn from
+    if checkpoint is None:
+        args.size = train_x.shape[-1]
+        args.n_classes = 10 if args.class_cond else 0
     config = {name: getattr(args, name) for name in inspect.signature(Model).parameters}
     set_seed(args.seed)
     try:
         model = Model(**config).to(args.device, memory_format=torch.channels_last)
     except ValueError as error:  # sizes that it cannot have
         sys.exit(f"{NAME}.py: error: {error}")
-    ema = copy.deepcopy(model).to(args.device)  # .to puts the weights of an LSTM into one block
+    ema = copy.deepcopy(model).to(args.device)  # .to joins the copied weights of an LSTM again
     ema.eval().requires_grad_(False)
     optimizers = make_optimizers(model)
     log = []
@@ -515,7 +525,7 @@ def main(argv=None):
     if args.compile:
         model.compile()
 
-    # output: from here on, --resume has a checkpoint to go on from
+    # the first checkpoint: what can fail, does so before the first step, and --resume has a start
     args.out_dir.mkdir(parents=True, exist_ok=True)
     is_new = checkpoint is None and not args.dry_run
     try:
@@ -557,7 +567,7 @@ def main(argv=None):
             for name, value in row.items():
                 board.add_scalar(name, value, epoch)
 
-    # pictures that show how the model works
+    # pictures of how the model works
     set_seed(args.seed)
     for name, images in ema.pictures(test_x[:20] / 255).items():
         suffix = "gif" if images.ndim == 5 else "png"
