@@ -24,7 +24,6 @@ Healthy No loss falls for long: the opponent learns, too. Judge by the samples. 
 """
 
 import argparse
-import copy
 import csv
 import inspect
 import io
@@ -45,7 +44,7 @@ class Generator(nn.Module):
 
     def __init__(self, channels, z_dim, size, n_classes):
         super().__init__()
-        self.grid = (size // 4, size // 4, 2 * channels)
+        self.grid = (size // 4, size // 4, 2 * channels)  # H, W, C
         self.label = nn.Embedding(n_classes + 1, z_dim)  # the last entry is "no label"
         nn.init.zeros_(self.label.weight)
         self.stem = nn.Linear(z_dim, math.prod(self.grid))
@@ -74,15 +73,15 @@ class Discriminator(nn.Module):
     def forward(self, x, y):
         for layer in self.stem, self.down, self.mix:  # (B, C, 14, 14), then (B, 2 C, 7, 7) twice
             x = F.leaky_relu(layer(x), 0.2)
-        logits = self.head(x.flatten(1)).float()  # (B, n_classes + 1): one for each label
-        return logits.gather(1, y[:, None])[:, 0]  # of each image the one of its label: (B,)
+        logits = self.head(x.flatten(1)).float()  # (B, n_classes + 1): an answer for each label
+        return logits.gather(1, y[:, None])[:, 0]  # (B,): the answer for the label in y
 
 
 class GAN(nn.Module):
     """Two players, and what each of them minimises.
 
-    channels: of the convolutions at 14 x 14, twice as many at 7 x 7; z_dim: numbers in z; gamma:
-    weight of r1; size: pixels a side; n_classes: 0 without labels
+    channels: maps at 14 x 14 pixels, twice as many at 7 x 7; z_dim: numbers in z; gamma: weight of
+    r1; size: pixels a side; n_classes: labels, 0 for none
     """
 
     def __init__(self, *, channels=32, z_dim=64, gamma=1.0, size=28, n_classes=10):
@@ -93,21 +92,19 @@ class GAN(nn.Module):
             raise ValueError(f"size must be a multiple of 4, not {size}")
         self.size = size
         self.n_classes = n_classes
-        self.checked = False
         self.z_dim = z_dim
         self.gamma = gamma
         self.generator = Generator(channels, z_dim, size, n_classes)
         self.discriminator = Discriminator(channels, size, n_classes)
 
     def labels(self, n, y):
-        """y (n,), in training with 1 label in 10 hidden; for y None, n times "no label"."""
+        """y (n,) labels, or if y is None n times "no label"."""
         if y is None:
-            return torch.full((n,), self.n_classes, device=self.generator.label.weight.device)
-        if self.training:  # one model with and without labels
-            y = torch.where(torch.rand(n, device=y.device) < 0.1, self.n_classes, y)
+            y = torch.full((n,), self.n_classes, device=self.generator.label.weight.device)
         return y
 
-    def forward(self, y):  # a fake (B, 1, H, W) in [-1, 1] for each label in y (B,)
+    def forward(self, y):
+        """Draw a fake (B, 1, H, W) in [-1, 1] for each label in y (B,)."""
         weight = self.generator.label.weight
         z = torch.randn(len(y), self.z_dim, device=weight.device, dtype=weight.dtype)
         return self.generator(z, y)
@@ -116,53 +113,60 @@ class GAN(nn.Module):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> the discriminator's loss, metrics."""
         self.check(x, y)
         y = self.labels(len(x), y)
-        x = (2 * x - 1).requires_grad_()
-        with torch.no_grad():  # this is not the generator's turn
+        if self.training:  # hide 1 label in 10: one model with and without them
+            y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
+        with torch.no_grad():  # it is not the generator's turn
             x_fake = self(y)
+        x = (2 * x - 1).requires_grad_()
         real = self.discriminator(x, y)
         fake = self.discriminator(x_fake, y)
-        # r1 = E |dD(x)/dx|^2: no D(x) depends on another x, so their sum gives each x its slope
+        # r1 = E |dD(x)/dx|^2. No D(x) depends on another x: the slope of their sum is that of each
         slope = torch.autograd.grad(real.sum(), x, create_graph=True)[0]
         r1 = slope.square().sum() / len(x)
         # -log sigmoid(a) = softplus(-a) and -log(1 - sigmoid(a)) = softplus(a), but never infinite
-        d_loss = F.softplus(-real).mean() + F.softplus(fake).mean() + self.gamma / 2 * r1
+        loss = F.softplus(-real).mean() + F.softplus(fake).mean() + self.gamma / 2 * r1
         d_real = real.detach().sigmoid().mean()
         d_fake = fake.detach().sigmoid().mean()
-        return d_loss, {"d_loss": d_loss.detach(), "d_real": d_real, "d_fake": d_fake}
+        return loss, {"d_loss": loss.detach(), "d_real": d_real, "d_fake": d_fake}
 
     def g_loss(self, x, y=None):
-        """As many fakes as there are x, of labels y -> the generator's loss, metrics."""
+        """As d_loss, of the generator: on a fake for each image of x, with its label."""
         y = self.labels(len(x), y)
-        g_loss = F.softplus(-self.discriminator(self(y), y)).mean()
-        return g_loss, {"g_loss": g_loss.detach()}
+        if self.training:  # hide 1 label in 10: one model with and without them
+            y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
+        loss = F.softplus(-self.discriminator(self(y), y)).mean()
+        return loss, {"g_loss": loss.detach()}
 
     def loss(self, x, y=None):
-        """The sum of both losses, for tests (r1 needs gradients); training takes them in turns."""
+        """The sum of both losses and all metrics, to test with; train_step takes one at a time."""
         d_loss, d_metrics = self.d_loss(x, y)
         g_loss, g_metrics = self.g_loss(x, y)
-        return d_loss + g_loss, d_metrics | g_metrics
+        return d_loss + g_loss, {**d_metrics, **g_metrics}
 
     @torch.no_grad()
     def sample(self, n, y=None):
         """Draw n images (n, 1, H, W) in [0, 1]; y (n,) labels or None."""
-        if y is None:
-            y = self.labels(n, None)
-        return (self(y) + 1) / 2
+        return (self(self.labels(n, y)) + 1) / 2
 
     @torch.no_grad()
     def pictures(self, x):
-        """x (N, 1, H, W) images -> interpolation (10 N, 1, H, W): a row from each of N fakes to the
-        next."""
-        a = torch.randn(len(x), 1, self.z_dim).to(x.device)
-        b = a.roll(-1, 0)  # the next
-        w = torch.linspace(0, math.pi / 2, 10, device=x.device)[:, None]
-        z = (w.cos() * a + w.sin() * b).flatten(0, 1)  # (10 N, z_dim), still ~ N(0, 1)
-        return {"interpolation": (self.generator(z, self.labels(len(z), None)) + 1) / 2}
+        """x (N, 1, H, W) images -> {name: pictures}:
+
+        interpolation  (10 N, 1, H, W): a row from each of N fakes to the next one
+        """
+        a = torch.randn(len(x), 1, self.z_dim, device=x.device)
+        b = a.roll(-1, 0)  # the z of the next fake
+        w = torch.linspace(0, math.pi / 2, 10, device=x.device)[:, None]  # (10, 1)
+        z = w.cos() * a + w.sin() * b  # (N, 10, z_dim), still ~ N(0, 1)
+        fakes = self.generator(z.flatten(0, 1), self.labels(10 * len(x), None))
+        return {"interpolation": (fakes + 1) / 2}
+
+    checked = False  # whether check has read the values of a batch
 
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        Reading the values makes a GPU wait, so there only those of the first batch are read.
+        To read values makes a GPU wait, so on a GPU it reads those of the first batch only.
         """
         if x.ndim != 4 or x.shape[1:] != (1, self.size, self.size):
             raise ValueError(f"x must be (B, 1, {self.size}, {self.size}), not {tuple(x.shape)}")
@@ -179,7 +183,7 @@ class GAN(nn.Module):
 
 # ---------------------------------------------------------------- train
 # The same text in all ten scripts, but for these constants and, in gan.py, make_optimizers and
-# train_step. All that a step of training does to the weights is in train_step.
+# train_step. The heart of it is train_step.
 NAME = "gan"  # of this script, its folder in out/, and the origin of its checkpoints
 Model = GAN
 EPOCHS = 20
@@ -187,100 +191,8 @@ BATCH_SIZE = 64
 LR = 3e-3
 
 
-def to_flag(name):
-    """n_layer -> --n-layer"""
-    return "--" + name.replace("_", "-")
-
-
-def make_parser():
-    """All flags: the same ones in each script, and then the sizes of its model."""
-    devices = ["cpu"]
-    if torch.backends.mps.is_available():
-        devices.append("mps")
-    if torch.cuda.is_available():
-        devices.append("cuda")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    datasets = ["MNIST", "FashionMNIST", "KMNIST"]
-
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=f"Train {Model.__name__}, or draw samples from it."
-    )
-    add = parser.add_argument
-    add("--epochs", type=int, default=EPOCHS, help="passes over the images (default %(default)s)")
-    add("--batch-size", type=int, default=BATCH_SIZE, help="images a step (default %(default)s)")
-    add("--lr", type=float, default=LR, help="peak learning rate (default %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, order and noise (default %(default)s)")
-    add("--device", choices=devices, default=device, help="(default %(default)s)")
-    add("--dataset", choices=datasets, default="MNIST", help="(default %(default)s)")
-    add("--data-dir", type=Path, help="folder of the data sets (default: data, beside common.py)")
-    add("--out-dir", type=Path, default=f"out/{NAME}", help="for output (default %(default)s)")
-    add("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
-    add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
-    add("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
-    add("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", action="store_true", help="go on with the run in OUT_DIR")
-    mode.add_argument("--sample", type=int, metavar="N", help="only draw N images from that run")
-
-    sizes = parser.add_argument_group(f"sizes of the model, explained in class {Model.__name__}")
-    for name, parameter in inspect.signature(Model).parameters.items():
-        if name not in ("size", "n_classes"):  # these two follow from the data
-            default = parameter.default
-            text = "(default %(default)s)"
-            sizes.add_argument(to_flag(name), type=type(default), default=default, help=text)
-    return parser
-
-
-def parse_args(argv):
-    """The settings in the list argv (None: of the command line), and a checkpoint or None.
-
-    --resume and --sample load the checkpoint of a run. What it was made with becomes the default
-    of each flag, and a flag that contradicts it is refused.
-    """
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    for name in ("epochs", "batch_size", "lr", "sample"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            parser.error(f"{to_flag(name)} must be above 0")
-    out_dir = args.out_dir.expanduser()
-    if args.dry_run:
-        out_dir = Path(f"{out_dir}-dry")
-
-    checkpoint = None
-    if args.resume or args.sample:
-        checkpoint = load_checkpoint(out_dir / "model.pt", args.resume)
-        made_with = checkpoint.get("settings", {}) | checkpoint["config"]
-        made_with["class_cond"] = made_with["n_classes"] > 0
-        parser.set_defaults(**made_with)
-        args = parser.parse_args(argv)
-        may_differ = ["epochs", "lr"]
-        if args.sample:
-            may_differ += ["batch_size", "seed"]
-        for name, value in made_with.items():
-            if getattr(args, name) != value and name not in may_differ:
-                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}: {value} there")
-    args.out_dir = out_dir
-    return args, checkpoint
-
-
-def set_seed(seed, epoch=0):
-    """Seed all random numbers: of an epoch, or with epoch 0, of the weights or the samples."""
-    torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
-
-
-def bfloat16_autocast(device):
-    """The context that runs convolutions and products in bfloat16, where the hardware can."""
-    supported = False
-    if device == "cuda":
-        supported = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
-        supported = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.autocast(device, torch.bfloat16, enabled=supported)
-
-
 def learning_rate(step, total_steps, peak):
-    """Rises to the peak during the first 2 % of the steps, then falls along a line towards 0.
+    """Rises to the peak over the first 2 % of the steps, then falls linearly towards 0.
 
     step: from 1 to total_steps
     """
@@ -301,8 +213,10 @@ def make_optimizers(model):
 
 
 def train_step(model, optimizers, autocast, x, y):
-    """Update both players on images x (B, 1, H, W) in [0, 1], labels y (B,) or None -> the sum of
-    their losses: first the discriminator, then the generator."""
+    """Update the discriminator, then the generator -> the sum of their losses.
+
+    x: images (B, 1, H, W) in [0, 1], y: labels (B,) or None
+    """
     d_optimizer, g_optimizer = optimizers
 
     d_optimizer.zero_grad()
@@ -312,7 +226,7 @@ def train_step(model, optimizers, autocast, x, y):
     d_optimizer.step()
 
     g_optimizer.zero_grad()
-    with autocast:
+    with autocast:  # anew: the first one has cached weights of the generator without gradient
         g_loss, _ = model.g_loss(x, y)
     g_loss.backward(inputs=list(model.generator.parameters()))
     g_optimizer.step()
@@ -323,10 +237,11 @@ def train_step(model, optimizers, autocast, x, y):
 def update_ema(ema, model, step):
     """Move the weights of ema, an exponential moving average, a little towards those of the model.
 
-    Half of the average comes from the last 5 % of all steps so far (step: 1, 2, ...). So it follows
-    fast in the beginning, and later averages over more and more steps.
+    With a constant decay, decay^n is what n steps leave of an old average. This decay grows with
+    the step (from 1) such that half is left after n = step / 20 of them: ema is an average over
+    about the last 5 % of the run so far, which is short at first, when the weights move fast.
     """
-    decay = 0.5 ** (20 / step)  # after step / 20 further steps, the present weights count half
+    decay = 0.5 ** (20 / step)
     for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - decay)  # decay * average + (1 - decay) * weight
     for average, buffer in zip(ema.buffers(), model.buffers()):
@@ -336,19 +251,19 @@ def update_ema(ema, model, step):
 def train_epoch(epoch, args, model, ema, optimizers, images, labels):
     """Update model and ema on all uint8 images (N, 1, H, W), labels (N,) or None, in random order.
 
-    Returns the mean loss, and the seconds that it took. Images that are left over after the last
-    full batch are skipped; these are others in each epoch.
+    Returns the mean loss and the seconds that it took. The images that do not fill a last batch
+    are left out.
     """
-    set_seed(args.seed, epoch)  # an epoch's order and noise are the same after --resume
+    set_seed(args.seed, epoch)  # the same order and noise, whether the run was resumed or not
     order = torch.randperm(len(images)).to(images.device)
     steps = len(images) // args.batch_size
     total_steps = args.epochs * steps
     autocast = bfloat16_autocast(args.device)
-    loss_sum = 0
     is_terminal = os.isatty(1)
+    loss_sum = 0
     start = shown = time.time()
     for i in range(steps):
-        step = (epoch - 1) * steps + i + 1  # since the start of the run
+        step = (epoch - 1) * steps + i + 1  # counted from the first epoch
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total_steps, args.lr)
@@ -360,7 +275,7 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
         update_ema(ema, model, step)
         loss_sum += loss
 
-        # on a terminal, once a second (not in each step, as reading the loss makes a GPU wait)
+        # a line on the terminal, once a second: to read the loss, a GPU has to be waited for
         if is_terminal and time.time() > shown + 1:
             shown = time.time()
             seconds_per_step = (shown - start) / (i + 1)
@@ -368,14 +283,15 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
             seconds_left = seconds_per_step * (total_steps - step)
             line = f"step {step}/{total_steps} | loss {loss:.4g} | {speed:,.0f} img/s"
             print(f"{line} | {seconds_left:.0f} s left  ", end="\r", flush=True)
-    return float(loss_sum) / steps, time.time() - start
+    mean_loss = float(loss_sum) / steps  # waits until a GPU has done the last step
+    return mean_loss, time.time() - start
 
 
 def evaluate(loss_fn, images, autocast, batch_size=500):
     """Mean of each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: number}.
 
-    Seeds the random numbers for each batch, so that every call sees the same noise. The loss of
-    gan.py contains a gradient, so this is not under torch.no_grad().
+    No labels are given, so that runs with and without them compare. Each batch has a seed, so that
+    every call sees the same noise. Not under torch.no_grad(), as gan.py's loss needs a gradient.
     """
     means = {}
     for i, batch in enumerate(images.split(batch_size)):
@@ -401,31 +317,45 @@ def draw_samples(model, n, args, chunk=500):
     return torch.cat(samples)
 
 
-def save_checkpoint(args, config, model, ema, optimizers, log, new=False):
-    """Write model.pt as a whole or not at all, so that a kill or a full disk leaves no half of it.
+def set_seed(seed, epoch=0):
+    """Seed the random numbers of one epoch; 0 stands for the initial weights and the samples."""
+    torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
-    new: raise FileExistsError if it exists already
+
+def bfloat16_autocast(device):
+    """The context that runs convolutions and products in bfloat16, where the hardware can."""
+    supported = False
+    if device == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
+        supported = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.autocast(device, torch.bfloat16, enabled=supported)
+
+
+def save_checkpoint(args, config, model, ema, optimizers, log, new=False):
+    """Write model.pt in one step, so that neither a kill nor a full disk leaves half a file.
+
+    new: raise FileExistsError if there is one already
     """
     settings = ("epochs", "batch_size", "lr", "seed", "dataset")
     checkpoint = {
         "script": NAME,
         "config": config,
         "settings": {name: getattr(args, name) for name in settings},
-        "model": ema.state_dict(),  # the averaged weights: the ones to use
-        "weights": model.state_dict(),
+        "model": ema.state_dict(),  # the averaged weights: those to draw from
+        "model_in_training": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "log": log,
     }
-    data = (
-        io.BytesIO()
-    )  # to a full disk, torch.save fails with a RuntimeError; write_bytes does not
+    # first into memory: torch.save itself meets a full disk with a RuntimeError, not an OSError
+    data = io.BytesIO()
     torch.save(checkpoint, data)
     path = args.out_dir / "model.pt"
     part = args.out_dir / f"model.pt.{os.getpid()}.part"
     try:
         part.write_bytes(data.getvalue())
         if new:
-            path.touch(exist_ok=False)
+            path.touch(exist_ok=False)  # of runs that start at once, only one gets past this
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -440,14 +370,96 @@ def load_checkpoint(path, resume):
         Model(**checkpoint["config"]).load_state_dict(checkpoint["model"])  # to see that they fit
     except Exception as error:  # a missing, damaged or foreign file can raise anything
         sys.exit(f"cannot load {path}: {' '.join(str(error).split())}")
-    missing = {"settings", "weights", "optimizers", "log"} - checkpoint.keys()
+    missing = {"settings", "model_in_training", "optimizers", "log"} - checkpoint.keys()
     if resume and missing:
         sys.exit(f"cannot go on from {path}: it holds no {', '.join(sorted(missing))}")
     return checkpoint
 
 
+def to_flag(name):
+    """n_layer -> --n-layer"""
+    return "--" + name.replace("_", "-")
+
+
+def size_defaults():
+    """{name: default} of the model's sizes, but for two that follow from the data."""
+    parameters = inspect.signature(Model).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in ("size", "n_classes")}
+
+
+def make_parser():
+    """All flags: the same ones in each script, and then the sizes of its model."""
+    devices = ["cpu"]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    datasets = ["MNIST", "FashionMNIST", "KMNIST"]
+
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=f"Train {Model.__name__}, or draw samples from it."
+    )
+    add = parser.add_argument
+    add("--epochs", type=int, default=EPOCHS, help="passes over the images (default %(default)s)")
+    add("--batch-size", type=int, default=BATCH_SIZE, help="images a step (default %(default)s)")
+    add("--lr", type=float, default=LR, help="peak learning rate (default %(default)s)")
+    add("--seed", type=int, default=0, help="of weights, order and noise (default %(default)s)")
+    add("--device", choices=devices, default=device, help="(default %(default)s)")
+    add("--dataset", choices=datasets, default="MNIST", help="(default %(default)s)")
+    add("--data-dir", type=Path, help="folder of the data sets (default: data, beside common.py)")
+    add("--out-dir", type=Path, default=Path("out", NAME), help="for output (default %(default)s)")
+    add("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
+    add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
+    add("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
+    add("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", action="store_true", help="go on with the run in OUT_DIR")
+    mode.add_argument("--sample", type=int, metavar="N", help="only draw N images from that run")
+    sizes = parser.add_argument_group(f"sizes of the model, explained in class {Model.__name__}")
+    for name, value in size_defaults().items():
+        sizes.add_argument(
+            to_flag(name), type=type(value), default=value, help=f"(default {value})"
+        )
+    return parser
+
+
+def parse_args(argv):
+    """The settings in the list argv (None: of the command line), and a checkpoint or None.
+
+    --resume and --sample load the checkpoint of a run. What it was made with takes the place of
+    the defaults, and a flag that says otherwise is refused.
+    """
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    for name in ("epochs", "batch_size", "lr", "sample"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"{to_flag(name)} must be above 0")
+    out_dir = args.out_dir.expanduser()
+    if args.dry_run:
+        out_dir = Path(f"{out_dir}-dry")
+
+    checkpoint = None
+    if args.resume or args.sample:
+        checkpoint = load_checkpoint(out_dir / "model.pt", args.resume)
+        made_with = {**checkpoint.get("settings", {}), **checkpoint["config"]}
+        made_with["class_cond"] = made_with.pop("n_classes", 10) > 0
+        made_with.pop("size", None)
+        parser.set_defaults(**made_with)
+        args = parser.parse_args(argv)  # once more, with these defaults
+        may_differ = ["epochs", "lr"]
+        if args.sample:
+            may_differ += ["batch_size", "seed"]
+        for name, value in made_with.items():
+            if getattr(args, name) != value and name not in may_differ:
+                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}: {value} there")
+    args.out_dir = out_dir
+    return args, checkpoint
+
+
 def sample_only(args, checkpoint):
-    """--sample N: all N images as numbers, and the first 100 as a picture."""
+    """--sample N: write all N images as numbers, and the first 100 as a picture."""
     from common import save_images
 
     model = Model(**checkpoint["config"])
@@ -465,8 +477,8 @@ def main(argv=None):
         sample_only(args, checkpoint)
         return
 
-    # packages and data, all of it on the device
-    from common import load_mnist, save_images  # elsewhere: your own tensors and pictures
+    # in another project: your own images instead of load_mnist, and your own way to save them
+    from common import load_mnist, save_images
 
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
@@ -476,26 +488,30 @@ def main(argv=None):
         n_samples = 4
         limit = 2 * args.batch_size
         train_x, train_y, test_x = train_x[:limit], train_y[:limit], test_x[:limit]
-    if args.batch_size > len(train_x):
-        sys.exit(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
     labels = train_y if args.class_cond else None
+    steps = len(train_x) // args.batch_size
+    if steps == 0:
+        sys.exit(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
 
     # the model in training, and ema, the average of its weights, which is tested and drawn from
     if checkpoint is None:
-        args.size = train_x.shape[-1]
-        args.n_classes = 10 if args.class_cond else 0
-    config = {name: getattr(args, name) for name in inspect.signature(Model).parameters}
+        config = {name: getattr(args, name) for name in size_defaults()}
+        config["size"] = train_x.shape[-1]
+        config["n_classes"] = 10 if args.class_cond else 0
+    else:
+        config = checkpoint["config"]
     set_seed(args.seed)
     try:
         model = Model(**config).to(args.device, memory_format=torch.channels_last)
     except ValueError as error:  # sizes that it cannot have
         sys.exit(f"{NAME}.py: error: {error}")
-    ema = copy.deepcopy(model).to(args.device)  # .to joins the copied weights of an LSTM again
+    ema = Model(**config).to(args.device, memory_format=torch.channels_last)
+    ema.load_state_dict(model.state_dict())
     ema.eval().requires_grad_(False)
     optimizers = make_optimizers(model)
     log = []
     if checkpoint is not None:
-        model.load_state_dict(checkpoint["weights"])
+        model.load_state_dict(checkpoint["model_in_training"])
         ema.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
@@ -503,9 +519,10 @@ def main(argv=None):
     if len(log) > args.epochs:
         sys.exit(f"--epochs {args.epochs}: the run in {args.out_dir} has had {len(log)} already")
     if args.compile:
-        model.compile()
+        model.compile()  # forward only; what loss does around it is little
 
-    # the first checkpoint: what can fail, does so before the first step, and --resume has a start
+    # Save before the first step: a disk that cannot be written to is noticed now, not after an
+    # hour, and --resume can go on wherever the run is stopped.
     args.out_dir.mkdir(parents=True, exist_ok=True)
     is_new = checkpoint is None and not args.dry_run
     try:
@@ -514,16 +531,17 @@ def main(argv=None):
         sys.exit(f"{args.out_dir} holds a run: --resume it, choose another --out-dir, or delete it")
     if args.tensorboard:
         board = SummaryWriter(args.out_dir)
-    steps = len(train_x) // args.batch_size
-    epochs = f"epochs {len(log) + 1} to {args.epochs} of {steps} steps"
-    print(f"{args.out_dir}: {epochs} on {args.device}; --resume goes on if stopped", flush=True)
+    plan = f"{args.epochs} epochs of {steps} steps on {args.device}, {len(log)} done"
+    print(f"{args.out_dir}: {plan}; if it is stopped, --resume goes on", flush=True)
 
     for epoch in range(len(log) + 1, args.epochs + 1):
         train_loss, seconds = train_epoch(epoch, args, model, ema, optimizers, train_x, labels)
         test = evaluate(ema.loss, test_x, bfloat16_autocast(args.device))
         row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **test}
         if not all(math.isfinite(value) for value in row.values()):
-            sys.exit(f"epoch {epoch} has a loss of {train_loss}: --resume with a smaller --lr")
+            sys.exit(
+                f"epoch {epoch}: the loss is not finite any more: --resume with a smaller --lr"
+            )
         log.append(row)
 
         samples = draw_samples(ema, n_samples, args)
@@ -546,6 +564,7 @@ def main(argv=None):
             board.add_images("samples", samples, epoch)
             for name, value in row.items():
                 board.add_scalar(name, value, epoch)
+            board.flush()
 
     # pictures of how the model works
     set_seed(args.seed)

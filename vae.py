@@ -25,7 +25,6 @@ Healthy recon falls from 73 nats after one epoch to 63 after ten, kl stays near 
 """
 
 import argparse
-import copy
 import csv
 import inspect
 import io
@@ -62,7 +61,7 @@ class VAE(nn.Module):
     """Encoder q(z | x), decoder p(x | z), and the bound that trains both.
 
     channels: of the convolutions; hidden: units between them and z; z_dim: numbers in z; n_embd:
-    numbers in the vector of a label; size: pixels a side; n_classes: 0 without labels
+    numbers in the vector of a label; size: pixels a side; n_classes: labels, 0 for none
     """
 
     def __init__(self, *, channels=64, hidden=512, z_dim=32, n_embd=16, size=28, n_classes=10):
@@ -73,7 +72,6 @@ class VAE(nn.Module):
             raise ValueError(f"size must be a multiple of 4, not {size}")
         self.size = size
         self.n_classes = n_classes
-        self.checked = False
         self.z_dim = z_dim
         self.grid = (channels, size // 4, size // 4)
         n_grid = math.prod(self.grid)
@@ -87,7 +85,7 @@ class VAE(nn.Module):
         self.head = nn.Conv2d(channels, 16, 3, padding=1)
 
     def embed(self, x, y):
-        """y (B,) labels, or None for "no label" -> a vector each (B, ...), on the device of x."""
+        """y (B,) labels, or None for "no label" for each image of x -> a vector each (B, D)."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
@@ -150,7 +148,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def pictures(self, x):
-        """x (N, 1, H, W) images ->
+        """x (N, 1, H, W) images -> {name: pictures}:
 
         reconstruction  (2 N, 1, H, W): rows of ten images, each above their reconstructions
         interpolation   (10 N, 1, H, W): a row from the z of each image to that of the next
@@ -167,10 +165,12 @@ class VAE(nn.Module):
         interpolation = self.decode(z).sigmoid()
         return {"reconstruction": torch.cat(reconstruction), "interpolation": interpolation}
 
+    checked = False  # whether check has read the values of a batch
+
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        Reading the values makes a GPU wait, so there only those of the first batch are read.
+        To read values makes a GPU wait, so on a GPU it reads those of the first batch only.
         """
         if x.ndim != 4 or x.shape[1:] != (1, self.size, self.size):
             raise ValueError(f"x must be (B, 1, {self.size}, {self.size}), not {tuple(x.shape)}")
@@ -187,7 +187,7 @@ class VAE(nn.Module):
 
 # ---------------------------------------------------------------- train
 # The same text in all ten scripts, but for these constants and, in gan.py, make_optimizers and
-# train_step. All that a step of training does to the weights is in train_step.
+# train_step. The heart of it is train_step.
 NAME = "vae"  # of this script, its folder in out/, and the origin of its checkpoints
 Model = VAE
 EPOCHS = 30
@@ -195,100 +195,8 @@ BATCH_SIZE = 64
 LR = 2e-3
 
 
-def to_flag(name):
-    """n_layer -> --n-layer"""
-    return "--" + name.replace("_", "-")
-
-
-def make_parser():
-    """All flags: the same ones in each script, and then the sizes of its model."""
-    devices = ["cpu"]
-    if torch.backends.mps.is_available():
-        devices.append("mps")
-    if torch.cuda.is_available():
-        devices.append("cuda")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    datasets = ["MNIST", "FashionMNIST", "KMNIST"]
-
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=f"Train {Model.__name__}, or draw samples from it."
-    )
-    add = parser.add_argument
-    add("--epochs", type=int, default=EPOCHS, help="passes over the images (default %(default)s)")
-    add("--batch-size", type=int, default=BATCH_SIZE, help="images a step (default %(default)s)")
-    add("--lr", type=float, default=LR, help="peak learning rate (default %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, order and noise (default %(default)s)")
-    add("--device", choices=devices, default=device, help="(default %(default)s)")
-    add("--dataset", choices=datasets, default="MNIST", help="(default %(default)s)")
-    add("--data-dir", type=Path, help="folder of the data sets (default: data, beside common.py)")
-    add("--out-dir", type=Path, default=f"out/{NAME}", help="for output (default %(default)s)")
-    add("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
-    add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
-    add("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
-    add("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", action="store_true", help="go on with the run in OUT_DIR")
-    mode.add_argument("--sample", type=int, metavar="N", help="only draw N images from that run")
-
-    sizes = parser.add_argument_group(f"sizes of the model, explained in class {Model.__name__}")
-    for name, parameter in inspect.signature(Model).parameters.items():
-        if name not in ("size", "n_classes"):  # these two follow from the data
-            default = parameter.default
-            text = "(default %(default)s)"
-            sizes.add_argument(to_flag(name), type=type(default), default=default, help=text)
-    return parser
-
-
-def parse_args(argv):
-    """The settings in the list argv (None: of the command line), and a checkpoint or None.
-
-    --resume and --sample load the checkpoint of a run. What it was made with becomes the default
-    of each flag, and a flag that contradicts it is refused.
-    """
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    for name in ("epochs", "batch_size", "lr", "sample"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            parser.error(f"{to_flag(name)} must be above 0")
-    out_dir = args.out_dir.expanduser()
-    if args.dry_run:
-        out_dir = Path(f"{out_dir}-dry")
-
-    checkpoint = None
-    if args.resume or args.sample:
-        checkpoint = load_checkpoint(out_dir / "model.pt", args.resume)
-        made_with = checkpoint.get("settings", {}) | checkpoint["config"]
-        made_with["class_cond"] = made_with["n_classes"] > 0
-        parser.set_defaults(**made_with)
-        args = parser.parse_args(argv)
-        may_differ = ["epochs", "lr"]
-        if args.sample:
-            may_differ += ["batch_size", "seed"]
-        for name, value in made_with.items():
-            if getattr(args, name) != value and name not in may_differ:
-                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}: {value} there")
-    args.out_dir = out_dir
-    return args, checkpoint
-
-
-def set_seed(seed, epoch=0):
-    """Seed all random numbers: of an epoch, or with epoch 0, of the weights or the samples."""
-    torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
-
-
-def bfloat16_autocast(device):
-    """The context that runs convolutions and products in bfloat16, where the hardware can."""
-    supported = False
-    if device == "cuda":
-        supported = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
-        supported = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.autocast(device, torch.bfloat16, enabled=supported)
-
-
 def learning_rate(step, total_steps, peak):
-    """Rises to the peak during the first 2 % of the steps, then falls along a line towards 0.
+    """Rises to the peak over the first 2 % of the steps, then falls linearly towards 0.
 
     step: from 1 to total_steps
     """
@@ -299,7 +207,7 @@ def learning_rate(step, total_steps, peak):
 
 
 def make_optimizers(model):
-    """One optimizer for all weights; train_epoch sets its learning rate in each step."""
+    """One optimizer for all weights. train_epoch sets its learning rate before each step."""
     return [torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)]
 
 
@@ -310,8 +218,8 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # Scale the gradient down to a norm of 1. Where the loss is in nats, a sum over all pixels, the
-    # norm is above 1 in every step (10 to 110): there this normalises the gradient, which helps.
+    # Scale the gradient down to a norm of 1 if it is larger. A loss in nats is a sum over all
+    # pixels, and its gradient always is (10 to 110): so each step gets a gradient of norm 1.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -322,10 +230,11 @@ def train_step(model, optimizers, autocast, x, y):
 def update_ema(ema, model, step):
     """Move the weights of ema, an exponential moving average, a little towards those of the model.
 
-    Half of the average comes from the last 5 % of all steps so far (step: 1, 2, ...). So it follows
-    fast in the beginning, and later averages over more and more steps.
+    With a constant decay, decay^n is what n steps leave of an old average. This decay grows with
+    the step (from 1) such that half is left after n = step / 20 of them: ema is an average over
+    about the last 5 % of the run so far, which is short at first, when the weights move fast.
     """
-    decay = 0.5 ** (20 / step)  # after step / 20 further steps, the present weights count half
+    decay = 0.5 ** (20 / step)
     for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - decay)  # decay * average + (1 - decay) * weight
     for average, buffer in zip(ema.buffers(), model.buffers()):
@@ -335,19 +244,19 @@ def update_ema(ema, model, step):
 def train_epoch(epoch, args, model, ema, optimizers, images, labels):
     """Update model and ema on all uint8 images (N, 1, H, W), labels (N,) or None, in random order.
 
-    Returns the mean loss, and the seconds that it took. Images that are left over after the last
-    full batch are skipped; these are others in each epoch.
+    Returns the mean loss and the seconds that it took. The images that do not fill a last batch
+    are left out.
     """
-    set_seed(args.seed, epoch)  # an epoch's order and noise are the same after --resume
+    set_seed(args.seed, epoch)  # the same order and noise, whether the run was resumed or not
     order = torch.randperm(len(images)).to(images.device)
     steps = len(images) // args.batch_size
     total_steps = args.epochs * steps
     autocast = bfloat16_autocast(args.device)
-    loss_sum = 0
     is_terminal = os.isatty(1)
+    loss_sum = 0
     start = shown = time.time()
     for i in range(steps):
-        step = (epoch - 1) * steps + i + 1  # since the start of the run
+        step = (epoch - 1) * steps + i + 1  # counted from the first epoch
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, total_steps, args.lr)
@@ -359,7 +268,7 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
         update_ema(ema, model, step)
         loss_sum += loss
 
-        # on a terminal, once a second (not in each step, as reading the loss makes a GPU wait)
+        # a line on the terminal, once a second: to read the loss, a GPU has to be waited for
         if is_terminal and time.time() > shown + 1:
             shown = time.time()
             seconds_per_step = (shown - start) / (i + 1)
@@ -367,14 +276,15 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
             seconds_left = seconds_per_step * (total_steps - step)
             line = f"step {step}/{total_steps} | loss {loss:.4g} | {speed:,.0f} img/s"
             print(f"{line} | {seconds_left:.0f} s left  ", end="\r", flush=True)
-    return float(loss_sum) / steps, time.time() - start
+    mean_loss = float(loss_sum) / steps  # waits until a GPU has done the last step
+    return mean_loss, time.time() - start
 
 
 def evaluate(loss_fn, images, autocast, batch_size=500):
     """Mean of each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: number}.
 
-    Seeds the random numbers for each batch, so that every call sees the same noise. The loss of
-    gan.py contains a gradient, so this is not under torch.no_grad().
+    No labels are given, so that runs with and without them compare. Each batch has a seed, so that
+    every call sees the same noise. Not under torch.no_grad(), as gan.py's loss needs a gradient.
     """
     means = {}
     for i, batch in enumerate(images.split(batch_size)):
@@ -400,31 +310,45 @@ def draw_samples(model, n, args, chunk=500):
     return torch.cat(samples)
 
 
-def save_checkpoint(args, config, model, ema, optimizers, log, new=False):
-    """Write model.pt as a whole or not at all, so that a kill or a full disk leaves no half of it.
+def set_seed(seed, epoch=0):
+    """Seed the random numbers of one epoch; 0 stands for the initial weights and the samples."""
+    torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
-    new: raise FileExistsError if it exists already
+
+def bfloat16_autocast(device):
+    """The context that runs convolutions and products in bfloat16, where the hardware can."""
+    supported = False
+    if device == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
+        supported = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.autocast(device, torch.bfloat16, enabled=supported)
+
+
+def save_checkpoint(args, config, model, ema, optimizers, log, new=False):
+    """Write model.pt in one step, so that neither a kill nor a full disk leaves half a file.
+
+    new: raise FileExistsError if there is one already
     """
     settings = ("epochs", "batch_size", "lr", "seed", "dataset")
     checkpoint = {
         "script": NAME,
         "config": config,
         "settings": {name: getattr(args, name) for name in settings},
-        "model": ema.state_dict(),  # the averaged weights: the ones to use
-        "weights": model.state_dict(),
+        "model": ema.state_dict(),  # the averaged weights: those to draw from
+        "model_in_training": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "log": log,
     }
-    data = (
-        io.BytesIO()
-    )  # to a full disk, torch.save fails with a RuntimeError; write_bytes does not
+    # first into memory: torch.save itself meets a full disk with a RuntimeError, not an OSError
+    data = io.BytesIO()
     torch.save(checkpoint, data)
     path = args.out_dir / "model.pt"
     part = args.out_dir / f"model.pt.{os.getpid()}.part"
     try:
         part.write_bytes(data.getvalue())
         if new:
-            path.touch(exist_ok=False)
+            path.touch(exist_ok=False)  # of runs that start at once, only one gets past this
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -439,14 +363,96 @@ def load_checkpoint(path, resume):
         Model(**checkpoint["config"]).load_state_dict(checkpoint["model"])  # to see that they fit
     except Exception as error:  # a missing, damaged or foreign file can raise anything
         sys.exit(f"cannot load {path}: {' '.join(str(error).split())}")
-    missing = {"settings", "weights", "optimizers", "log"} - checkpoint.keys()
+    missing = {"settings", "model_in_training", "optimizers", "log"} - checkpoint.keys()
     if resume and missing:
         sys.exit(f"cannot go on from {path}: it holds no {', '.join(sorted(missing))}")
     return checkpoint
 
 
+def to_flag(name):
+    """n_layer -> --n-layer"""
+    return "--" + name.replace("_", "-")
+
+
+def size_defaults():
+    """{name: default} of the model's sizes, but for two that follow from the data."""
+    parameters = inspect.signature(Model).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in ("size", "n_classes")}
+
+
+def make_parser():
+    """All flags: the same ones in each script, and then the sizes of its model."""
+    devices = ["cpu"]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    datasets = ["MNIST", "FashionMNIST", "KMNIST"]
+
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=f"Train {Model.__name__}, or draw samples from it."
+    )
+    add = parser.add_argument
+    add("--epochs", type=int, default=EPOCHS, help="passes over the images (default %(default)s)")
+    add("--batch-size", type=int, default=BATCH_SIZE, help="images a step (default %(default)s)")
+    add("--lr", type=float, default=LR, help="peak learning rate (default %(default)s)")
+    add("--seed", type=int, default=0, help="of weights, order and noise (default %(default)s)")
+    add("--device", choices=devices, default=device, help="(default %(default)s)")
+    add("--dataset", choices=datasets, default="MNIST", help="(default %(default)s)")
+    add("--data-dir", type=Path, help="folder of the data sets (default: data, beside common.py)")
+    add("--out-dir", type=Path, default=Path("out", NAME), help="for output (default %(default)s)")
+    add("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
+    add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
+    add("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
+    add("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", action="store_true", help="go on with the run in OUT_DIR")
+    mode.add_argument("--sample", type=int, metavar="N", help="only draw N images from that run")
+    sizes = parser.add_argument_group(f"sizes of the model, explained in class {Model.__name__}")
+    for name, value in size_defaults().items():
+        sizes.add_argument(
+            to_flag(name), type=type(value), default=value, help=f"(default {value})"
+        )
+    return parser
+
+
+def parse_args(argv):
+    """The settings in the list argv (None: of the command line), and a checkpoint or None.
+
+    --resume and --sample load the checkpoint of a run. What it was made with takes the place of
+    the defaults, and a flag that says otherwise is refused.
+    """
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    for name in ("epochs", "batch_size", "lr", "sample"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"{to_flag(name)} must be above 0")
+    out_dir = args.out_dir.expanduser()
+    if args.dry_run:
+        out_dir = Path(f"{out_dir}-dry")
+
+    checkpoint = None
+    if args.resume or args.sample:
+        checkpoint = load_checkpoint(out_dir / "model.pt", args.resume)
+        made_with = {**checkpoint.get("settings", {}), **checkpoint["config"]}
+        made_with["class_cond"] = made_with.pop("n_classes", 10) > 0
+        made_with.pop("size", None)
+        parser.set_defaults(**made_with)
+        args = parser.parse_args(argv)  # once more, with these defaults
+        may_differ = ["epochs", "lr"]
+        if args.sample:
+            may_differ += ["batch_size", "seed"]
+        for name, value in made_with.items():
+            if getattr(args, name) != value and name not in may_differ:
+                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}: {value} there")
+    args.out_dir = out_dir
+    return args, checkpoint
+
+
 def sample_only(args, checkpoint):
-    """--sample N: all N images as numbers, and the first 100 as a picture."""
+    """--sample N: write all N images as numbers, and the first 100 as a picture."""
     from common import save_images
 
     model = Model(**checkpoint["config"])
@@ -464,8 +470,8 @@ def main(argv=None):
         sample_only(args, checkpoint)
         return
 
-    # packages and data, all of it on the device
-    from common import load_mnist, save_images  # elsewhere: your own tensors and pictures
+    # in another project: your own images instead of load_mnist, and your own way to save them
+    from common import load_mnist, save_images
 
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
@@ -475,26 +481,30 @@ def main(argv=None):
         n_samples = 4
         limit = 2 * args.batch_size
         train_x, train_y, test_x = train_x[:limit], train_y[:limit], test_x[:limit]
-    if args.batch_size > len(train_x):
-        sys.exit(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
     labels = train_y if args.class_cond else None
+    steps = len(train_x) // args.batch_size
+    if steps == 0:
+        sys.exit(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
 
     # the model in training, and ema, the average of its weights, which is tested and drawn from
     if checkpoint is None:
-        args.size = train_x.shape[-1]
-        args.n_classes = 10 if args.class_cond else 0
-    config = {name: getattr(args, name) for name in inspect.signature(Model).parameters}
+        config = {name: getattr(args, name) for name in size_defaults()}
+        config["size"] = train_x.shape[-1]
+        config["n_classes"] = 10 if args.class_cond else 0
+    else:
+        config = checkpoint["config"]
     set_seed(args.seed)
     try:
         model = Model(**config).to(args.device, memory_format=torch.channels_last)
     except ValueError as error:  # sizes that it cannot have
         sys.exit(f"{NAME}.py: error: {error}")
-    ema = copy.deepcopy(model).to(args.device)  # .to joins the copied weights of an LSTM again
+    ema = Model(**config).to(args.device, memory_format=torch.channels_last)
+    ema.load_state_dict(model.state_dict())
     ema.eval().requires_grad_(False)
     optimizers = make_optimizers(model)
     log = []
     if checkpoint is not None:
-        model.load_state_dict(checkpoint["weights"])
+        model.load_state_dict(checkpoint["model_in_training"])
         ema.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
@@ -502,9 +512,10 @@ def main(argv=None):
     if len(log) > args.epochs:
         sys.exit(f"--epochs {args.epochs}: the run in {args.out_dir} has had {len(log)} already")
     if args.compile:
-        model.compile()
+        model.compile()  # forward only; what loss does around it is little
 
-    # the first checkpoint: what can fail, does so before the first step, and --resume has a start
+    # Save before the first step: a disk that cannot be written to is noticed now, not after an
+    # hour, and --resume can go on wherever the run is stopped.
     args.out_dir.mkdir(parents=True, exist_ok=True)
     is_new = checkpoint is None and not args.dry_run
     try:
@@ -513,16 +524,17 @@ def main(argv=None):
         sys.exit(f"{args.out_dir} holds a run: --resume it, choose another --out-dir, or delete it")
     if args.tensorboard:
         board = SummaryWriter(args.out_dir)
-    steps = len(train_x) // args.batch_size
-    epochs = f"epochs {len(log) + 1} to {args.epochs} of {steps} steps"
-    print(f"{args.out_dir}: {epochs} on {args.device}; --resume goes on if stopped", flush=True)
+    plan = f"{args.epochs} epochs of {steps} steps on {args.device}, {len(log)} done"
+    print(f"{args.out_dir}: {plan}; if it is stopped, --resume goes on", flush=True)
 
     for epoch in range(len(log) + 1, args.epochs + 1):
         train_loss, seconds = train_epoch(epoch, args, model, ema, optimizers, train_x, labels)
         test = evaluate(ema.loss, test_x, bfloat16_autocast(args.device))
         row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **test}
         if not all(math.isfinite(value) for value in row.values()):
-            sys.exit(f"epoch {epoch} has a loss of {train_loss}: --resume with a smaller --lr")
+            sys.exit(
+                f"epoch {epoch}: the loss is not finite any more: --resume with a smaller --lr"
+            )
         log.append(row)
 
         samples = draw_samples(ema, n_samples, args)
@@ -545,6 +557,7 @@ def main(argv=None):
             board.add_images("samples", samples, epoch)
             for name, value in row.items():
                 board.add_scalar(name, value, epoch)
+            board.flush()
 
     # pictures of how the model works
     set_seed(args.seed)
