@@ -107,7 +107,7 @@ class Diffusion(nn.Module):
         nn.init.zeros_(self.head.weight)  # start near v = 0
 
     def embed(self, x, y):
-        """y (B,) labels, or None for "no label" for each image of x -> a vector each (B, D)."""
+        """y (B,) labels, or None: "no label" for each of the B images x -> a vector each (B, D)."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
@@ -137,14 +137,16 @@ class Diffusion(nn.Module):
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         # one random u in each of B equal slices of [0, 1]: less variance than B independent ones
         u = (torch.arange(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
-        t = u.sqrt()  # density 2 t: more often near 1, where it is decided what will be drawn
+        # P(t < s) = P(u < s^2) = s^2: t has density 2 t, as the noisy end decides what is drawn
+        t = u.sqrt()
         x0 = 2 * x - 1
         x_t, v = self.diffuse(x0, t, torch.randn_like(x0))
         loss = F.mse_loss(self(x_t, t, y), v)
         return loss, {"loss": loss}
 
     def guided_v(self, x_t, t, y, guidance):
-        """v of x_t (B, 1, H, W) at time t, a number; y (B,) labels to be guided by, or None."""
+        """v of x_t (B, 1, H, W) at time t, a number. If there are labels y (B,), it goes from the v
+        without labels towards that with labels, and for guidance > 1 beyond it."""
         t = torch.full((len(x_t),), t, device=x_t.device, dtype=x_t.dtype)
         v = self(x_t, t)
         if y is None:
@@ -158,13 +160,14 @@ class Diffusion(nn.Module):
         A step follows v in the step's middle, extrapolated from this and the last v (the two-step
         Adams-Bashforth method: error O(1 / steps^2)). A network call a step; two, if y is given.
 
-        frames: a list to append to, for each step, x after it and the x0 predicted before it
+        frames: a list, to which each step appends the new x and the x0 predicted from the old one
         """
         da = (end - start) / steps * math.pi / 2
         v_last = None
         for i in range(steps):
-            a = start * math.pi / 2 + i * da
-            v = self.guided_v(x, start + (end - start) * i / steps, y, guidance)
+            t = start + (end - start) * i / steps
+            a = t * math.pi / 2
+            v = self.guided_v(x, t, y, guidance)
             x0 = math.cos(a) * x - math.sin(a) * v
             if v_last is None:
                 x = x + da * v  # the first is Euler's step
@@ -202,7 +205,7 @@ class Diffusion(nn.Module):
             "interpolation": (interpolation.clamp(-1, 1) + 1) / 2,
         }
 
-    checked = False  # whether check has read the values of a batch
+    checked = False  # becomes True once check has read the values of a batch
 
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
@@ -255,8 +258,8 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # Scale the gradient down to a norm of 1 if it is larger. A loss in nats is a sum over all
-    # pixels, and its gradient always is (10 to 110): so each step gets a gradient of norm 1.
+    # If the gradient has a norm above 1, scale it down to 1. Where the loss is in nats, a sum over
+    # pixels, the norm is always above 1 (10 to 110), so that every step has a gradient of norm 1.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -267,11 +270,10 @@ def train_step(model, optimizers, autocast, x, y):
 def update_ema(ema, model, step):
     """Move the weights of ema, an exponential moving average, a little towards those of the model.
 
-    With a constant decay, decay^n is what n steps leave of an old average. This decay grows with
-    the step (from 1) such that half is left after n = step / 20 of them: ema is an average over
-    about the last 5 % of the run so far, which is short at first, when the weights move fast.
+    Its half-life is 5 % of the steps so far: short at first, when the weights move fast, and
+    longer later. step: counted from 1
     """
-    decay = 0.5 ** (20 / step)
+    decay = 0.5 ** (20 / step)  # decay^n = 1/2 after n = step / 20 steps
     for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - decay)  # decay * average + (1 - decay) * weight
     for average, buffer in zip(ema.buffers(), model.buffers()):
@@ -305,7 +307,7 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
         update_ema(ema, model, step)
         loss_sum += loss
 
-        # a line on the terminal, once a second: to read the loss, a GPU has to be waited for
+        # on a terminal, at most once a second, because reading the loss waits for the GPU
         if is_terminal and time.time() > shown + 1:
             shown = time.time()
             seconds_per_step = (shown - start) / (i + 1)
@@ -320,8 +322,9 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
 def evaluate(loss_fn, images, autocast, batch_size=500):
     """Mean of each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: number}.
 
-    No labels are given, so that runs with and without them compare. Each batch has a seed, so that
-    every call sees the same noise. Not under torch.no_grad(), as gan.py's loss needs a gradient.
+    It gives no labels, so that runs with and without them compare, and seeds each batch, so that
+    every call sees the same noise. (No torch.no_grad() here: the loss of gan.py needs a gradient.
+    The weights of ema need none, so that there is nothing to store for a backward pass.)
     """
     means = {}
     for i, batch in enumerate(images.split(batch_size)):
@@ -348,7 +351,7 @@ def draw_samples(model, n, args, chunk=500):
 
 
 def set_seed(seed, epoch=0):
-    """Seed the random numbers of one epoch; 0 stands for the initial weights and the samples."""
+    """Seed the random numbers of one epoch; epoch 0: of the first weights, and of samples."""
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
@@ -385,7 +388,7 @@ def save_checkpoint(args, config, model, ema, optimizers, log, new=False):
     try:
         part.write_bytes(data.getvalue())
         if new:
-            path.touch(exist_ok=False)  # of runs that start at once, only one gets past this
+            path.touch(exist_ok=False)  # of runs that start at once, only one gets past here
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -397,7 +400,9 @@ def load_checkpoint(path, resume):
         checkpoint = torch.load(path, "cpu", weights_only=True)
         if checkpoint.get("script", NAME) != NAME:
             raise ValueError(f"it is of {checkpoint['script']}.py")
-        Model(**checkpoint["config"]).load_state_dict(checkpoint["model"])  # to see that they fit
+        model = Model(**checkpoint["config"])
+        model.load_state_dict(checkpoint["model"])  # raises an error if they do not fit
+        checkpoint["config"].update(size=model.size, n_classes=model.n_classes)
     except Exception as error:  # a missing, damaged or foreign file can raise anything
         sys.exit(f"cannot load {path}: {' '.join(str(error).split())}")
     missing = {"settings", "model_in_training", "optimizers", "log"} - checkpoint.keys()
@@ -474,10 +479,11 @@ def parse_args(argv):
     if args.resume or args.sample:
         checkpoint = load_checkpoint(out_dir / "model.pt", args.resume)
         made_with = {**checkpoint.get("settings", {}), **checkpoint["config"]}
-        made_with["class_cond"] = made_with.pop("n_classes", 10) > 0
-        made_with.pop("size", None)
+        made_with["class_cond"] = made_with.pop("n_classes") > 0
+        made_with.pop("size")
+        # with these defaults, what still differs after parsing is what a flag asks for
         parser.set_defaults(**made_with)
-        args = parser.parse_args(argv)  # once more, with these defaults
+        args = parser.parse_args(argv)
         may_differ = ["epochs", "lr"]
         if args.sample:
             may_differ += ["batch_size", "seed"]
@@ -608,5 +614,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted")
-    except (OSError, ModuleNotFoundError) as error:
+    except ModuleNotFoundError as error:
+        sys.exit(f"{NAME}.py: error: {error}: common.py has to be beside it, the rest pip installs")
+    except OSError as error:
         sys.exit(f"{NAME}.py: error: {error}")

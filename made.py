@@ -93,7 +93,7 @@ class MADE(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(degree) for _ in range(n_layer))
 
     def embed(self, x, y):
-        """y (B,) labels, or None for "no label" for each image of x -> a vector each (B, D)."""
+        """y (B,) labels, or None: "no label" for each of the B images x -> a vector each (B, D)."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
@@ -162,9 +162,8 @@ class MADE(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.size**2):
-            logits = self.logits_at(
-                x, y, i, cache
-            )  # (n,); of given pixels, too: it fills the cache
+            # of given pixels, too: that fills the cache
+            logits = self.logits_at(x, y, i, cache)  # (n,)
             if guided:
                 uncond = self.logits_at(x, None, i, uncond_cache)
                 logits = uncond + guidance * (logits - uncond)
@@ -174,10 +173,10 @@ class MADE(nn.Module):
 
     @torch.no_grad()
     def pictures(self, x):
-        """x (10 or more, 1, H, W) images -> {name: pictures}:
+        """x (N, 1, H, W) images, of which ten are used -> {name: pictures}:
 
         sampling    (2 H + 1, 20, 1, H, W): 20 images as they are drawn, a frame each half row
-        completion  (60, 1, H, W): ten images, their upper halves, four draws of the rest of each
+        completion  (60, 1, H, W): ten images, their upper halves, four draws of each rest
         """
         x = torch.bernoulli(x[:10])
         half = self.size // 2
@@ -189,7 +188,7 @@ class MADE(nn.Module):
         completion = torch.cat([x, upper, self.sample(len(top), top=top)])
         return {"sampling": torch.stack(frames), "completion": completion}
 
-    checked = False  # whether check has read the values of a batch
+    checked = False  # becomes True once check has read the values of a batch
 
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
@@ -242,8 +241,8 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # Scale the gradient down to a norm of 1 if it is larger. A loss in nats is a sum over all
-    # pixels, and its gradient always is (10 to 110): so each step gets a gradient of norm 1.
+    # If the gradient has a norm above 1, scale it down to 1. Where the loss is in nats, a sum over
+    # pixels, the norm is always above 1 (10 to 110), so that every step has a gradient of norm 1.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -254,11 +253,10 @@ def train_step(model, optimizers, autocast, x, y):
 def update_ema(ema, model, step):
     """Move the weights of ema, an exponential moving average, a little towards those of the model.
 
-    With a constant decay, decay^n is what n steps leave of an old average. This decay grows with
-    the step (from 1) such that half is left after n = step / 20 of them: ema is an average over
-    about the last 5 % of the run so far, which is short at first, when the weights move fast.
+    Its half-life is 5 % of the steps so far: short at first, when the weights move fast, and
+    longer later. step: counted from 1
     """
-    decay = 0.5 ** (20 / step)
+    decay = 0.5 ** (20 / step)  # decay^n = 1/2 after n = step / 20 steps
     for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - decay)  # decay * average + (1 - decay) * weight
     for average, buffer in zip(ema.buffers(), model.buffers()):
@@ -292,7 +290,7 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
         update_ema(ema, model, step)
         loss_sum += loss
 
-        # a line on the terminal, once a second: to read the loss, a GPU has to be waited for
+        # on a terminal, at most once a second, because reading the loss waits for the GPU
         if is_terminal and time.time() > shown + 1:
             shown = time.time()
             seconds_per_step = (shown - start) / (i + 1)
@@ -307,8 +305,9 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
 def evaluate(loss_fn, images, autocast, batch_size=500):
     """Mean of each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: number}.
 
-    No labels are given, so that runs with and without them compare. Each batch has a seed, so that
-    every call sees the same noise. Not under torch.no_grad(), as gan.py's loss needs a gradient.
+    It gives no labels, so that runs with and without them compare, and seeds each batch, so that
+    every call sees the same noise. (No torch.no_grad() here: the loss of gan.py needs a gradient.
+    The weights of ema need none, so that there is nothing to store for a backward pass.)
     """
     means = {}
     for i, batch in enumerate(images.split(batch_size)):
@@ -335,7 +334,7 @@ def draw_samples(model, n, args, chunk=500):
 
 
 def set_seed(seed, epoch=0):
-    """Seed the random numbers of one epoch; 0 stands for the initial weights and the samples."""
+    """Seed the random numbers of one epoch; epoch 0: of the first weights, and of samples."""
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
@@ -372,7 +371,7 @@ def save_checkpoint(args, config, model, ema, optimizers, log, new=False):
     try:
         part.write_bytes(data.getvalue())
         if new:
-            path.touch(exist_ok=False)  # of runs that start at once, only one gets past this
+            path.touch(exist_ok=False)  # of runs that start at once, only one gets past here
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -384,7 +383,9 @@ def load_checkpoint(path, resume):
         checkpoint = torch.load(path, "cpu", weights_only=True)
         if checkpoint.get("script", NAME) != NAME:
             raise ValueError(f"it is of {checkpoint['script']}.py")
-        Model(**checkpoint["config"]).load_state_dict(checkpoint["model"])  # to see that they fit
+        model = Model(**checkpoint["config"])
+        model.load_state_dict(checkpoint["model"])  # raises an error if they do not fit
+        checkpoint["config"].update(size=model.size, n_classes=model.n_classes)
     except Exception as error:  # a missing, damaged or foreign file can raise anything
         sys.exit(f"cannot load {path}: {' '.join(str(error).split())}")
     missing = {"settings", "model_in_training", "optimizers", "log"} - checkpoint.keys()
@@ -461,10 +462,11 @@ def parse_args(argv):
     if args.resume or args.sample:
         checkpoint = load_checkpoint(out_dir / "model.pt", args.resume)
         made_with = {**checkpoint.get("settings", {}), **checkpoint["config"]}
-        made_with["class_cond"] = made_with.pop("n_classes", 10) > 0
-        made_with.pop("size", None)
+        made_with["class_cond"] = made_with.pop("n_classes") > 0
+        made_with.pop("size")
+        # with these defaults, what still differs after parsing is what a flag asks for
         parser.set_defaults(**made_with)
-        args = parser.parse_args(argv)  # once more, with these defaults
+        args = parser.parse_args(argv)
         may_differ = ["epochs", "lr"]
         if args.sample:
             may_differ += ["batch_size", "seed"]
@@ -595,5 +597,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted")
-    except (OSError, ModuleNotFoundError) as error:
+    except ModuleNotFoundError as error:
+        sys.exit(f"{NAME}.py: error: {error}: common.py has to be beside it, the rest pip installs")
+    except OSError as error:
         sys.exit(f"{NAME}.py: error: {error}")

@@ -131,10 +131,12 @@ class VQVAE(nn.Module):
             conv3x3(channels, 16),
             nn.PixelShuffle(4),
         )
-        # added to the encoder's output; at first so large that it, not the image, decides the code
+        # added to z_e, at first so large that a position decides its code: so all codes are in use
+        # from the start, spread over the positions, and the image takes over as the encoder learns
         self.offset = nn.Parameter(10 * torch.randn(self.side**2, code_dim))
         self.codebook = nn.Parameter(torch.zeros(n_codes, code_dim))  # the first batch will fill it
-        # of each code: how often it is used, where 1 is the average; below 0: not filled yet
+        # how often each code is used, where 1 is the average; it starts so low that the first
+        # restart finds all codes dead, and fills them
         self.register_buffer("usage", torch.full((n_codes,), -float(n_codes)))
         self.label = nn.Embedding(n_classes + 1, n_embd)  # the last entry is "no label"
         nn.init.zeros_(self.label.weight)
@@ -144,7 +146,7 @@ class VQVAE(nn.Module):
         self.head = nn.Linear(n_embd, n_codes)
 
     def embed(self, x, y):
-        """y (B,) labels, or None for "no label" for each image of x -> a vector each (B, D)."""
+        """y (B,) labels, or None: "no label" for each of the B images x -> a vector each (B, D)."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
@@ -170,16 +172,19 @@ class VQVAE(nn.Module):
     def restart(self, z_e):
         """Change the codebook: move each code that is hardly used to one of the z_e (B, 49, D)."""
         codes = self.distance(z_e).argmin(2)
-        # a running average; a code of 0 falls from 1 to 0.02 in some 390 batches
+        # a running average, in which an unused code falls from 1 to 0.02 in some 390 batches
         self.usage.lerp_(self.usage_of(codes) * self.n_codes, 0.01)
         dead = self.usage < 0.02  # (n_codes,)
         z_e = z_e.flatten(0, 1)  # (49 B, code_dim)
-        some = z_e[torch.randint(len(z_e), dead.shape, device=dead.device)]  # (n_codes, code_dim)
-        self.codebook.copy_(some.where(dead[:, None], self.codebook))
+        # one of them for each code, though only dead codes take it: which these are, the CPU of a
+        # GPU does not know
+        candidates = z_e[torch.randint(len(z_e), dead.shape, device=dead.device)]
+        self.codebook.copy_(torch.where(dead[:, None], candidates, self.codebook))
         self.usage.masked_fill_(dead, 1)
 
     def tokens(self, codes, y, start, end):
-        """Tokens start to end - 1 (B, end - start, n_embd); i: of code i - 1, place, label."""
+        """Tokens start to end - 1 (B, end - start, n_embd): of the code before, and the place."""
+        # moved right by one: "no code yet" comes first, the last code drops out
         before = F.pad(codes, (1, -1), value=self.n_codes)[:, start:end]
         return self.token(before) + self.pos_emb[start:end] + self.embed(codes, y)[:, None]
 
@@ -204,7 +209,8 @@ class VQVAE(nn.Module):
         return self.head(F.layer_norm(h, h.shape[-1:]))[:, 0].float()
 
     def forward(self, x, y=None):
-        """x in {0, 1} -> z_e, codes (B, 49), their distances, logits of x and of the codes.
+        """x in {0, 1} -> z_e (B, 49, code_dim), codes (B, 49), squared distances of each z_e to all
+        codes (B, 49, n_codes), logits of x, logits of the codes by the prior.
 
         In training it restarts codes that are hardly used, which changes the codebook.
         """
@@ -225,15 +231,15 @@ class VQVAE(nn.Module):
         z_e, codes, distance, logits, code_logits = self(x, y)
         # recon = -log p(x | codes)
         recon = F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
-        # codebook = |sg(z_e) - z_q|^2, commit = |z_e - sg(z_q)|^2: the same but for who moves
-        z_q = F.embedding(
-            codes, self.codebook
-        )  # (B, 49, code_dim); the gradient of codebook[codes]
-        # would be a sum in another order each time, and a run not repeatable
+        # codebook[codes] would be the same, but its gradient a sum in another order each time
+        z_q = F.embedding(codes, self.codebook)  # (B, 49, code_dim)
+        # codebook = |sg(z_e) - z_q|^2, commit = |z_e - sg(z_q)|^2, where sg stops the gradient:
+        # equal in value, but the one moves the codes, and the other moves the encoder
         codebook = (z_e.detach() - z_q).square().sum() / len(x)
         commit = (z_e - z_q.detach()).square().sum() / len(x)
         # prior = -sum_i log p(codes_i | codes_<i)
         prior = F.cross_entropy(code_logits.transpose(1, 2), codes, reduction="sum") / len(x)
+        # what the codes near z_e cost under the prior, which the encoder is to take into account:
         # rate = -sum_i sum_k softmax_k(-|z_e_i - e_k|^2) sg(log p(k | codes_<i))
         choice = (-distance).softmax(2)
         rate = -(choice * code_logits.detach().log_softmax(2)).sum() / len(x)
@@ -244,7 +250,7 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n, y=None, top=None, guidance=1.0):
-        """Draw n mean images (n, 1, H, W) in [0, 1], of codes drawn from the prior.
+        """Draw codes from the prior -> n images (n, 1, H, W) of the probabilities they decode to.
 
         y:        (n,) labels, or None
         top:      (n, h) the first h codes, or None to draw these, too
@@ -260,6 +266,7 @@ class VQVAE(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.side**2):
+            # of given codes, too: that fills the cache
             logits = self.logits_at(codes, y, i, cache)  # (n, n_codes)
             if guided:
                 uncond = self.logits_at(codes, None, i, uncond_cache)
@@ -279,17 +286,18 @@ class VQVAE(nn.Module):
         interpolation   (10 N, 1, H, W): a row from the z_e of each image to that of the next
         """
         x = torch.bernoulli(x)
-        s = self.side
+        side = self.side
         z_e, codes, _, logits, _ = self(x)
-        maps = codes.view(-1, 1, s, s) / (self.n_codes - 1)
+        maps = codes.view(-1, 1, side, side) / (self.n_codes - 1)
         maps = F.interpolate(maps, scale_factor=4)  # as large as x
         reconstruction = []
-        for rows in zip(x.split(10), maps.split(10), logits.sigmoid().split(10)):
-            reconstruction += rows
+        for strips in zip(x.split(10), maps.split(10), logits.sigmoid().split(10)):
+            reconstruction += strips
 
-        top = codes[:10, : s // 2 * s].repeat(4, 1)
+        n_rows = side // 2  # of codes that are given
         upper = maps[:10].clone()
-        upper[:, :, s // 2 * 4 :] = 0.5
+        upper[:, :, 4 * n_rows :] = 0.5
+        top = codes[:10, : n_rows * side].repeat(4, 1)
         completion = torch.cat([x[:10], upper, self.sample(len(top), top=top)])
 
         a = z_e[:, None]  # (N, 1, 49, code_dim)
@@ -303,7 +311,7 @@ class VQVAE(nn.Module):
             "interpolation": self.decode(z_q).sigmoid(),
         }
 
-    checked = False  # whether check has read the values of a batch
+    checked = False  # becomes True once check has read the values of a batch
 
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
@@ -356,8 +364,8 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # Scale the gradient down to a norm of 1 if it is larger. A loss in nats is a sum over all
-    # pixels, and its gradient always is (10 to 110): so each step gets a gradient of norm 1.
+    # If the gradient has a norm above 1, scale it down to 1. Where the loss is in nats, a sum over
+    # pixels, the norm is always above 1 (10 to 110), so that every step has a gradient of norm 1.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -368,11 +376,10 @@ def train_step(model, optimizers, autocast, x, y):
 def update_ema(ema, model, step):
     """Move the weights of ema, an exponential moving average, a little towards those of the model.
 
-    With a constant decay, decay^n is what n steps leave of an old average. This decay grows with
-    the step (from 1) such that half is left after n = step / 20 of them: ema is an average over
-    about the last 5 % of the run so far, which is short at first, when the weights move fast.
+    Its half-life is 5 % of the steps so far: short at first, when the weights move fast, and
+    longer later. step: counted from 1
     """
-    decay = 0.5 ** (20 / step)
+    decay = 0.5 ** (20 / step)  # decay^n = 1/2 after n = step / 20 steps
     for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - decay)  # decay * average + (1 - decay) * weight
     for average, buffer in zip(ema.buffers(), model.buffers()):
@@ -406,7 +413,7 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
         update_ema(ema, model, step)
         loss_sum += loss
 
-        # a line on the terminal, once a second: to read the loss, a GPU has to be waited for
+        # on a terminal, at most once a second, because reading the loss waits for the GPU
         if is_terminal and time.time() > shown + 1:
             shown = time.time()
             seconds_per_step = (shown - start) / (i + 1)
@@ -421,8 +428,9 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
 def evaluate(loss_fn, images, autocast, batch_size=500):
     """Mean of each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: number}.
 
-    No labels are given, so that runs with and without them compare. Each batch has a seed, so that
-    every call sees the same noise. Not under torch.no_grad(), as gan.py's loss needs a gradient.
+    It gives no labels, so that runs with and without them compare, and seeds each batch, so that
+    every call sees the same noise. (No torch.no_grad() here: the loss of gan.py needs a gradient.
+    The weights of ema need none, so that there is nothing to store for a backward pass.)
     """
     means = {}
     for i, batch in enumerate(images.split(batch_size)):
@@ -449,7 +457,7 @@ def draw_samples(model, n, args, chunk=500):
 
 
 def set_seed(seed, epoch=0):
-    """Seed the random numbers of one epoch; 0 stands for the initial weights and the samples."""
+    """Seed the random numbers of one epoch; epoch 0: of the first weights, and of samples."""
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
@@ -486,7 +494,7 @@ def save_checkpoint(args, config, model, ema, optimizers, log, new=False):
     try:
         part.write_bytes(data.getvalue())
         if new:
-            path.touch(exist_ok=False)  # of runs that start at once, only one gets past this
+            path.touch(exist_ok=False)  # of runs that start at once, only one gets past here
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -498,7 +506,9 @@ def load_checkpoint(path, resume):
         checkpoint = torch.load(path, "cpu", weights_only=True)
         if checkpoint.get("script", NAME) != NAME:
             raise ValueError(f"it is of {checkpoint['script']}.py")
-        Model(**checkpoint["config"]).load_state_dict(checkpoint["model"])  # to see that they fit
+        model = Model(**checkpoint["config"])
+        model.load_state_dict(checkpoint["model"])  # raises an error if they do not fit
+        checkpoint["config"].update(size=model.size, n_classes=model.n_classes)
     except Exception as error:  # a missing, damaged or foreign file can raise anything
         sys.exit(f"cannot load {path}: {' '.join(str(error).split())}")
     missing = {"settings", "model_in_training", "optimizers", "log"} - checkpoint.keys()
@@ -575,10 +585,11 @@ def parse_args(argv):
     if args.resume or args.sample:
         checkpoint = load_checkpoint(out_dir / "model.pt", args.resume)
         made_with = {**checkpoint.get("settings", {}), **checkpoint["config"]}
-        made_with["class_cond"] = made_with.pop("n_classes", 10) > 0
-        made_with.pop("size", None)
+        made_with["class_cond"] = made_with.pop("n_classes") > 0
+        made_with.pop("size")
+        # with these defaults, what still differs after parsing is what a flag asks for
         parser.set_defaults(**made_with)
-        args = parser.parse_args(argv)  # once more, with these defaults
+        args = parser.parse_args(argv)
         may_differ = ["epochs", "lr"]
         if args.sample:
             may_differ += ["batch_size", "seed"]
@@ -709,5 +720,7 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted")
-    except (OSError, ModuleNotFoundError) as error:
+    except ModuleNotFoundError as error:
+        sys.exit(f"{NAME}.py: error: {error}: common.py has to be beside it, the rest pip installs")
+    except OSError as error:
         sys.exit(f"{NAME}.py: error: {error}")
