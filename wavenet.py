@@ -63,8 +63,8 @@ class WaveNet(nn.Module):
 
     def __init__(self, *, channels=40, size=28, n_classes=10):
         super().__init__()
-        if channels < 1 or size < 2:
-            raise ValueError("channels must be at least 1, and size 2")
+        if channels < 1 or size < 2 or n_classes < 0:
+            raise ValueError("channels must be at least 1, size 2, and n_classes 0")
         self.size = size
         self.n_classes = n_classes
         digits = [2**k for k in range((size - 1).bit_length())]  # 1, 2, 4, 8, 16
@@ -182,8 +182,9 @@ class WaveNet(nn.Module):
 
         To read values makes a GPU wait, so on a GPU it reads those of the first batch only.
         """
-        if x.ndim != 4 or x.shape[1:] != (1, self.size, self.size):
-            raise ValueError(f"x must be (B, 1, {self.size}, {self.size}), not {tuple(x.shape)}")
+        shape = (len(x), 1, self.size, self.size)
+        if x.shape != shape or len(x) == 0 or not x.is_floating_point():
+            raise ValueError(f"x must be {shape} float, not {tuple(x.shape)} {x.dtype}")
         if y is not None and (y.shape != x.shape[:1] or y.dtype != torch.int64):
             raise ValueError(f"y must be ({len(x)},) int64, not {tuple(y.shape)} {y.dtype}")
         if self.checked and x.device.type != "cpu":
@@ -335,13 +336,10 @@ def bfloat16_autocast(device):
     return torch.autocast(device, torch.bfloat16, enabled=supported)
 
 
-def save_checkpoint(args, config, model, ema, optimizers, log, new=False):
-    """Write model.pt in one step, so that neither a kill nor a full disk leaves half a file.
-
-    new: raise FileExistsError if there is one already
-    """
+def make_checkpoint(args, config, model, ema, optimizers, log):
+    """All that it takes to draw samples (config and model), and to go on with the training."""
     settings = ("epochs", "batch_size", "lr", "seed", "dataset")
-    checkpoint = {
+    return {
         "script": NAME,
         "config": config,
         "settings": {name: getattr(args, name) for name in settings},
@@ -350,11 +348,17 @@ def save_checkpoint(args, config, model, ema, optimizers, log, new=False):
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "log": log,
     }
+
+
+def save_checkpoint(checkpoint, path, new=False):
+    """Write the file in one step, so that neither a kill nor a full disk leaves half of it.
+
+    new: raise FileExistsError if there is one already
+    """
     # first into memory: torch.save itself meets a full disk with a RuntimeError, not an OSError
     data = io.BytesIO()
     torch.save(checkpoint, data)
-    path = args.out_dir / "model.pt"
-    part = args.out_dir / f"model.pt.{os.getpid()}.part"
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(data.getvalue())
         if new:
@@ -365,7 +369,7 @@ def save_checkpoint(args, config, model, ema, optimizers, log, new=False):
 
 
 def load_checkpoint(path, resume):
-    """The dictionary that save_checkpoint wrote; to sample from, config and model are enough."""
+    """The dictionary of make_checkpoint; to draw samples, config and model are enough."""
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)
         if checkpoint.get("script", NAME) != NAME:
@@ -374,11 +378,16 @@ def load_checkpoint(path, resume):
         model.load_state_dict(checkpoint["model"])  # raises an error if they do not fit
         checkpoint["config"].update(size=model.size, n_classes=model.n_classes)
     except Exception as error:  # a missing, damaged or foreign file can raise anything
-        sys.exit(f"cannot load {path}: {' '.join(str(error).split())}")
+        fail(f"cannot load {path}: {' '.join(str(error).split()) or type(error).__name__}")
     missing = {"settings", "model_in_training", "optimizers", "log"} - checkpoint.keys()
     if resume and missing:
-        sys.exit(f"cannot go on from {path}: it holds no {', '.join(sorted(missing))}")
+        fail(f"cannot go on from {path}: it holds no {', '.join(sorted(missing))}")
     return checkpoint
+
+
+def fail(message):
+    """End with one line on stderr, and with exit status 1."""
+    sys.exit(f"{NAME}.py: error: {message}")
 
 
 def to_flag(name):
@@ -416,7 +425,7 @@ def make_parser():
     add("--out-dir", type=Path, default=Path("out", NAME), help="for output (default %(default)s)")
     add("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
     add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
-    add("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
+    add("--dry-run", action="store_true", help="two batches of everything; overwrites OUT_DIR-dry")
     add("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on with the run in OUT_DIR")
@@ -497,7 +506,7 @@ def main(argv=None):
     labels = train_y if args.class_cond else None
     steps = len(train_x) // args.batch_size
     if steps == 0:
-        sys.exit(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
+        fail(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
 
     # the model in training, and ema, the average of its weights, which is tested and drawn from
     if checkpoint is None:
@@ -510,7 +519,7 @@ def main(argv=None):
     try:
         model = Model(**config).to(args.device, memory_format=torch.channels_last)
     except ValueError as error:  # sizes that it cannot have
-        sys.exit(f"{NAME}.py: error: {error}")
+        fail(error)
     ema = Model(**config).to(args.device, memory_format=torch.channels_last)
     ema.load_state_dict(model.state_dict())
     ema.eval().requires_grad_(False)
@@ -523,18 +532,21 @@ def main(argv=None):
             optimizer.load_state_dict(state)
         log = checkpoint["log"]
     if len(log) > args.epochs:
-        sys.exit(f"--epochs {args.epochs}: the run in {args.out_dir} has had {len(log)} already")
+        fail(f"--epochs {args.epochs}: the run in {args.out_dir} has had {len(log)} already")
     if args.compile:
         model.compile()  # forward only; what loss does around it is little
 
     # Save before the first step: a disk that cannot be written to is noticed now, not after an
     # hour, and --resume can go on wherever the run is stopped.
     args.out_dir.mkdir(parents=True, exist_ok=True)
+    path = args.out_dir / "model.pt"
     is_new = checkpoint is None and not args.dry_run
+    if checkpoint is None:
+        checkpoint = make_checkpoint(args, config, model, ema, optimizers, log)
     try:
-        save_checkpoint(args, config, model, ema, optimizers, log, is_new)
+        save_checkpoint(checkpoint, path, is_new)
     except FileExistsError:
-        sys.exit(f"{args.out_dir} holds a run: --resume it, choose another --out-dir, or delete it")
+        fail(f"{args.out_dir} holds a run: --resume it, choose another --out-dir, or delete it")
     if args.tensorboard:
         board = SummaryWriter(args.out_dir)
     plan = f"{args.epochs} epochs of {steps} steps on {args.device}, {len(log)} done"
@@ -545,15 +557,15 @@ def main(argv=None):
         test = evaluate(ema.loss, test_x, bfloat16_autocast(args.device))
         row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **test}
         if not all(math.isfinite(value) for value in row.values()):
-            sys.exit(
-                f"epoch {epoch}: the loss is not finite any more: --resume with a smaller --lr"
-            )
-        log.append(row)
-
+            fail(f"the loss of epoch {epoch} is not finite: --resume with a smaller --lr")
         samples = draw_samples(ema, n_samples, args)
+        if not samples.isfinite().all():
+            fail(f"the samples of epoch {epoch} are not finite: --resume with a smaller --lr")
+
+        log.append(row)
         save_images(samples, args.out_dir / f"samples_{epoch:04d}.png")
         save_images(samples, args.out_dir / "samples.png")
-        save_checkpoint(args, config, model, ema, optimizers, log)
+        save_checkpoint(make_checkpoint(args, config, model, ema, optimizers, log), path)
         with open(args.out_dir / "log.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=row.keys())
             writer.writeheader()
@@ -585,6 +597,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except ModuleNotFoundError as error:
-        sys.exit(f"{NAME}.py: error: {error}: common.py has to be beside it, the rest pip installs")
+        fail(f"{error}: common.py has to lie beside this script, and pip installs the rest")
     except OSError as error:
-        sys.exit(f"{NAME}.py: error: {error}")
+        fail(error)

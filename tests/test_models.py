@@ -135,7 +135,8 @@ def test_wrong_images_and_labels_are_refused(name):
     for x in (2 * good - 1, 255 * good, nan):
         with pytest.raises(ValueError, match="must lie in"):
             model.loss(x)
-    for x in (good[..., :8], good[:, 0], good.expand(4, 3, 16, 16), torch.rand(4, 1, 28, 28)):
+    shapes = good[..., :8], good[:, 0], good.expand(4, 3, 16, 16), torch.rand(4, 1, 28, 28)
+    for x in (*shapes, good[:0], good.round().byte(), good > 0.5):
         with pytest.raises(ValueError, match="x must be"):
             model.loss(x)
     with pytest.raises(ValueError, match=r"0\.\.10"):
@@ -152,7 +153,7 @@ def test_wrong_images_and_labels_are_refused(name):
 def test_sizes_that_a_model_cannot_have_are_refused(name):
     Model = model_class(name)
     wrong = [{key: 0} for key, value in SIZES[name].items() if key not in ("n_layer", "n_inner")]
-    wrong += [{"size": 0}]
+    wrong += [{"size": 0}, {"n_classes": -1}]
     if name in ("vae", "vqvae", "gan", "diffusion"):
         wrong += [{"size": 30}]
     if name in ("pixelcnn", "gatedcnn"):
@@ -161,6 +162,8 @@ def test_sizes_that_a_model_cannot_have_are_refused(name):
         wrong += [{"n_embd": 15, "n_head": 2}]
     if name == "diffusion":
         wrong += [{"n_embd": 33}]
+    for weight in {"gan": ["gamma"], "vqvae": ["beta", "rate_weight"]}.get(name, []):
+        wrong += [{weight: -1.0}, {weight: math.nan}, {weight: math.inf}]
     for sizes in wrong:
         with pytest.raises(ValueError, match="must|needs"):
             Model(**sizes)
