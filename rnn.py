@@ -61,7 +61,7 @@ class PixelRNN(nn.Module):
         self.head = nn.Linear(n_embd, 1)
 
     def embed(self, x, y):
-        """y (B,) labels, or None: "no label" for each of the B images x -> a vector each (B, D)."""
+        """Vectors (B, D) of labels y (B,), or of "no label" if y is None; x tells B and device."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
@@ -119,7 +119,7 @@ class PixelRNN(nn.Module):
 
         y:        (n,) labels, or None
         top:      (n, 1, rows, W) in {0, 1}, the first rows, or None to draw these, too
-        guidance: 0 ignores y, 1 draws from p(x | y), more exaggerates what y adds
+        guidance: 0 ignores y, 1 draws from p(x | y), above 1 exaggerates what y adds
         """
         x = self.label.weight.new_zeros(n, 1, self.size, self.size)
         pixels = x.view(n, -1)  # (n, H * W), the same memory
@@ -132,7 +132,7 @@ class PixelRNN(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.size**2):
-            # of given pixels, too: that fills the cache
+            # given pixels pass through it, too, as later steps need them in the cache
             logits = self.logits_at(x, y, i, cache)  # (n,)
             if guided:
                 uncond = self.logits_at(x, None, i, uncond_cache)
@@ -192,7 +192,7 @@ LR = 5e-3
 def learning_rate(step, total_steps, peak):
     """Rises to the peak over the first 2 % of the steps, then falls linearly towards 0.
 
-    step: from 1 to total_steps
+    step: from 1 to total_steps; 0 itself would come one step later
     """
     warmup = max(1, round(0.02 * total_steps))
     if step <= warmup:
@@ -201,7 +201,7 @@ def learning_rate(step, total_steps, peak):
 
 
 def make_optimizers(model):
-    """One optimizer for all weights. train_epoch sets its learning rate before each step."""
+    """One AdamW (weight decay 0.01) for all weights. train_epoch sets its learning rate."""
     return [torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)]
 
 
@@ -227,7 +227,8 @@ def update_ema(ema, model, step):
     Its half-life is 5 % of the steps so far: short at first, when the weights move fast, and
     longer later. step: counted from 1
     """
-    decay = 0.5 ** (20 / step)  # decay^n = 1/2 after n = step / 20 steps
+    half_life = 0.05 * step
+    decay = 0.5 ** (1 / half_life)
     for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - decay)  # decay * average + (1 - decay) * weight
     for average, buffer in zip(ema.buffers(), model.buffers()):
@@ -276,9 +277,9 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
 def evaluate(loss_fn, images, autocast, batch_size=500):
     """Mean of each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: number}.
 
-    It gives no labels, so that runs with and without them compare, and seeds each batch, so that
-    every call sees the same noise. (No torch.no_grad() here: the loss of gan.py needs a gradient.
-    The weights of ema need none, so that there is nothing to store for a backward pass.)
+    It gives no labels, so that runs with and without labels can be compared, and seeds each batch,
+    so that every call sees the same noise. There is no torch.no_grad(), as the loss of gan.py takes
+    a gradient; the weights of ema have requires_grad False, so no graph is kept anyway.
     """
     means = {}
     for i, batch in enumerate(images.split(batch_size)):
@@ -305,7 +306,7 @@ def draw_samples(model, n, args, chunk=500):
 
 
 def set_seed(seed, epoch=0):
-    """Seed the random numbers of one epoch; epoch 0: of the first weights, and of samples."""
+    """Seed torch for an epoch from 1 on; epoch 0 is for the initial weights, and for sampling."""
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
@@ -345,7 +346,7 @@ def save_checkpoint(checkpoint, path, new=False):
     try:
         part.write_bytes(data.getvalue())
         if new:
-            path.touch(exist_ok=False)  # of runs that start at once, only one gets past here
+            path.touch(exist_ok=False)  # claim the name: raises if another run has it already
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -359,6 +360,7 @@ def load_checkpoint(path, resume):
             raise ValueError(f"it is of {checkpoint['script']}.py")
         model = Model(**checkpoint["config"])
         model.load_state_dict(checkpoint["model"])  # raises an error if they do not fit
+        # a config made by hand may leave these to the model's defaults
         checkpoint["config"].update(size=model.size, n_classes=model.n_classes)
     except Exception as error:  # a missing, damaged or foreign file can raise anything
         fail(f"cannot load {path}: {' '.join(str(error).split()) or type(error).__name__}")
@@ -432,7 +434,7 @@ def parse_args(argv):
     for name in ("epochs", "batch_size", "lr", "sample"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
-            parser.error(f"{to_flag(name)} must be above 0")
+            parser.error(f"{to_flag(name)} must be a finite number above 0")
     out_dir = args.out_dir.expanduser()
     if args.dry_run:
         out_dir = Path(f"{out_dir}-dry")
@@ -443,7 +445,7 @@ def parse_args(argv):
         made_with = {**checkpoint.get("settings", {}), **checkpoint["config"]}
         made_with["class_cond"] = made_with.pop("n_classes") > 0
         made_with.pop("size")
-        # with these defaults, what still differs after parsing is what a flag asks for
+        # parse again, with the run's settings as defaults: what differs then, a flag has asked for
         parser.set_defaults(**made_with)
         args = parser.parse_args(argv)
         may_differ = ["epochs", "lr"]

@@ -13,14 +13,14 @@ Maths   log p(x) >= E_q[log p(x | z)] - KL(q(z | x) || p(z)) = ELBO = -(recon + 
             q(z | x) = N(mu, sigma^2), p(z) = N(0, 1), p(x | z) = prod_i Bernoulli(logits_i)
         z = mu + sigma eps leaves the chance to eps ~ N(0, 1): gradients reach mu and sigma. The
         encoder gives logvar = log sigma^2: any number will do, sigma > 0 needs no clamp.
-        With k draws from q the bound is tighter, and exact in the limit; the run ends with it:
+        With k draws from q the bound is tighter, and exact in the limit (the method bound):
             log p(x) >= E log(1/k sum_j p(x, z_j) / q(z_j | x)) = -iwae
         Sampling: z ~ N(0, 1), then the mean of p(x | z), which coin flips would only speckle.
 Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
         drawn anew each time; mu, logvar, z (B, z_dim); logits like x. size: a multiple of 4.
 Units   nats/image: sums over the pixels and over z, a mean over the batch alone. Means
         over both would weigh kl 784 / 32 = 24.5 times too much, and bound nothing.
-Healthy recon falls from 73 nats after one epoch to 63 after ten, kl stays near 27, iwae ends at
+Healthy recon falls from 73 nats after one epoch to 63 after ten, kl stays near 27; iwae is then
         86.3. Reconstructions look better than samples: q uses only a part of what p(z) draws.
 """
 
@@ -76,7 +76,7 @@ class VAE(nn.Module):
         self.grid = (channels, size // 4, size // 4)
         n_grid = math.prod(self.grid)
         self.label = nn.Embedding(n_classes + 1, n_embd)  # the last entry is "no label"
-        self.stem = nn.Conv2d(16, channels, 3, padding=1)
+        self.stem = nn.Conv2d(16, channels, 3, padding=1)  # 16: the pixels of a 4 x 4 patch
         self.encoder = ResBlock(channels, n_embd)
         to_z = nn.Linear(hidden, 2 * z_dim)  # mu and logvar
         self.shrink = nn.Sequential(nn.Linear(n_grid, hidden), nn.SiLU(), to_z)
@@ -85,7 +85,7 @@ class VAE(nn.Module):
         self.head = nn.Conv2d(channels, 16, 3, padding=1)
 
     def embed(self, x, y):
-        """y (B,) labels, or None: "no label" for each of the B images x -> a vector each (B, D)."""
+        """Vectors (B, D) of labels y (B,), or of "no label" if y is None; x tells B and device."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
@@ -123,17 +123,18 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def bound(self, x, y=None, k=64):
-        """As loss, on x, with iwae: minus the bound of k draws (importance-weighted), in nats."""
+        """Minus the importance-weighted bound of k draws on log p(x), in nats, and the metrics of
+        loss with it, as iwae."""
         x = torch.bernoulli(x)
         _, metrics = self.loss(x, y)  # draws x again, which leaves {0, 1} as it is
         mu, logvar = self.encode(x, y)
         log_w = []
-        for _ in range(k):  # one draw at a time: all that has to fit into memory
+        for _ in range(k):  # one draw at a time: k at once would need k times the memory
             eps = torch.randn_like(mu)
             z = mu + (0.5 * logvar).exp() * eps
             logits = self.decode(z, y)
             nll = F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
-            # log w = log p(z) - log q(z | x) + log p(x | z)
+            # log w = log p(z) - log q(z | x) + log p(x | z), where both log(2 pi) cancel
             log_w.append(0.5 * (eps**2 + logvar - z**2).sum(1) - nll)  # (B,)
         # iwae = -log mean_k w
         iwae = math.log(k) - torch.stack(log_w).logsumexp(0).mean()
@@ -141,8 +142,8 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n, y=None):
-        """Draw n mean images (n, 1, H, W) in [0, 1]; y (n,) labels or None."""
-        weight = self.label.weight
+        """Draw n codes z -> images (n, 1, H, W), the means of p(x | z); y (n,) or None."""
+        weight = self.label.weight  # for its device and dtype, as any other
         z = torch.randn(n, self.z_dim, device=weight.device, dtype=weight.dtype)
         return self.decode(z, y).sigmoid()
 
@@ -150,7 +151,7 @@ class VAE(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images -> {name: pictures}:
 
-        reconstruction  (2 N, 1, H, W): rows of ten images, each above their reconstructions
+        reconstruction  (2 N, 1, H, W): each row of ten images above the row of what they decode to
         interpolation   (10 N, 1, H, W): a row from the z of each image to that of the next
         """
         x = torch.bernoulli(x)
@@ -199,7 +200,7 @@ LR = 2e-3
 def learning_rate(step, total_steps, peak):
     """Rises to the peak over the first 2 % of the steps, then falls linearly towards 0.
 
-    step: from 1 to total_steps
+    step: from 1 to total_steps; 0 itself would come one step later
     """
     warmup = max(1, round(0.02 * total_steps))
     if step <= warmup:
@@ -208,7 +209,7 @@ def learning_rate(step, total_steps, peak):
 
 
 def make_optimizers(model):
-    """One optimizer for all weights. train_epoch sets its learning rate before each step."""
+    """One AdamW (weight decay 0.01) for all weights. train_epoch sets its learning rate."""
     return [torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)]
 
 
@@ -234,7 +235,8 @@ def update_ema(ema, model, step):
     Its half-life is 5 % of the steps so far: short at first, when the weights move fast, and
     longer later. step: counted from 1
     """
-    decay = 0.5 ** (20 / step)  # decay^n = 1/2 after n = step / 20 steps
+    half_life = 0.05 * step
+    decay = 0.5 ** (1 / half_life)
     for average, weight in zip(ema.parameters(), model.parameters()):
         average.lerp_(weight, 1 - decay)  # decay * average + (1 - decay) * weight
     for average, buffer in zip(ema.buffers(), model.buffers()):
@@ -283,9 +285,9 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
 def evaluate(loss_fn, images, autocast, batch_size=500):
     """Mean of each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: number}.
 
-    It gives no labels, so that runs with and without them compare, and seeds each batch, so that
-    every call sees the same noise. (No torch.no_grad() here: the loss of gan.py needs a gradient.
-    The weights of ema need none, so that there is nothing to store for a backward pass.)
+    It gives no labels, so that runs with and without labels can be compared, and seeds each batch,
+    so that every call sees the same noise. There is no torch.no_grad(), as the loss of gan.py takes
+    a gradient; the weights of ema have requires_grad False, so no graph is kept anyway.
     """
     means = {}
     for i, batch in enumerate(images.split(batch_size)):
@@ -312,7 +314,7 @@ def draw_samples(model, n, args, chunk=500):
 
 
 def set_seed(seed, epoch=0):
-    """Seed the random numbers of one epoch; epoch 0: of the first weights, and of samples."""
+    """Seed torch for an epoch from 1 on; epoch 0 is for the initial weights, and for sampling."""
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
@@ -352,7 +354,7 @@ def save_checkpoint(checkpoint, path, new=False):
     try:
         part.write_bytes(data.getvalue())
         if new:
-            path.touch(exist_ok=False)  # of runs that start at once, only one gets past here
+            path.touch(exist_ok=False)  # claim the name: raises if another run has it already
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -366,6 +368,7 @@ def load_checkpoint(path, resume):
             raise ValueError(f"it is of {checkpoint['script']}.py")
         model = Model(**checkpoint["config"])
         model.load_state_dict(checkpoint["model"])  # raises an error if they do not fit
+        # a config made by hand may leave these to the model's defaults
         checkpoint["config"].update(size=model.size, n_classes=model.n_classes)
     except Exception as error:  # a missing, damaged or foreign file can raise anything
         fail(f"cannot load {path}: {' '.join(str(error).split()) or type(error).__name__}")
@@ -439,7 +442,7 @@ def parse_args(argv):
     for name in ("epochs", "batch_size", "lr", "sample"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
-            parser.error(f"{to_flag(name)} must be above 0")
+            parser.error(f"{to_flag(name)} must be a finite number above 0")
     out_dir = args.out_dir.expanduser()
     if args.dry_run:
         out_dir = Path(f"{out_dir}-dry")
@@ -450,7 +453,7 @@ def parse_args(argv):
         made_with = {**checkpoint.get("settings", {}), **checkpoint["config"]}
         made_with["class_cond"] = made_with.pop("n_classes") > 0
         made_with.pop("size")
-        # with these defaults, what still differs after parsing is what a flag asks for
+        # parse again, with the run's settings as defaults: what differs then, a flag has asked for
         parser.set_defaults(**made_with)
         args = parser.parse_args(argv)
         may_differ = ["epochs", "lr"]

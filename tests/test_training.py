@@ -134,13 +134,13 @@ def test_every_image_is_trained_on_once_an_epoch(small, monkeypatch):
 
 # ---------------------------------------------------------------- flags
 WRONG_USE = {
-    "--epochs -3": "above 0",
-    "--epochs 0": "above 0",
-    "--batch-size 0": "above 0",
-    "--lr -1": "above 0",
-    "--lr nan": "above 0",
-    "--lr inf": "above 0",
-    "--sample 0": "above 0",
+    "--epochs -3": "a finite number above 0",
+    "--epochs 0": "a finite number above 0",
+    "--batch-size 0": "a finite number above 0",
+    "--lr -1": "a finite number above 0",
+    "--lr nan": "a finite number above 0",
+    "--lr inf": "a finite number above 0",
+    "--sample 0": "a finite number above 0",
     "--epochs x": "invalid int value",
     "--device warp": "invalid choice",
     "--dataset CIFAR": "invalid choice",
@@ -345,10 +345,10 @@ def equal(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-@pytest.mark.parametrize("name, last", [("vae", 0), *((name, 2) for name in SCRIPTS)])
+@pytest.mark.parametrize("name, last", [("vae", 0), *((name, 1) for name in SCRIPTS)])
 def test_resume_is_bit_identical(name, last, small, monkeypatch):
-    """As if there had been no interruption, after the second epoch, or before the first one."""
-    args = ("--epochs", 3, "--batch-size", 64, "--class-cond")
+    """As if there had been no interruption, after the first epoch or within it."""
+    args = ("--epochs", 2, "--batch-size", 64, "--class-cond")
     small(name, *args, "--out-dir", "straight")
     save_images = common.save_images
 
@@ -371,7 +371,7 @@ def test_resume_is_bit_identical(name, last, small, monkeypatch):
     assert not equal(a["model_in_training"], before["model_in_training"])
     assert not equal(a["model_in_training"], a["model"])  # the EMA is something else
     pictures = [path.name for path in Path("straight").glob("*.png")]
-    assert len(pictures) > 3
+    assert len(pictures) >= 3
     for picture in pictures:
         assert Path("straight", picture).read_bytes() == Path("broken", picture).read_bytes()
 
