@@ -96,6 +96,27 @@ def test_fast_sampling_is_slow_sampling(name):
     assert torch.equal(model.sample(3, top=top)[:, :, :4], top)
 
 
+@pytest.mark.parametrize("name", [*AUTOREGRESSIVE, "vqvae"])
+def test_logits_from_the_cache_are_those_of_a_whole_pass(name):
+    """For each pixel, or code of the VQ-VAE's prior, though the later ones are still unknown."""
+    y = torch.tensor([3, 1, 10])
+    if name == "vqvae":
+        model = perturb(tiny(name, size=16)).double().eval()
+        x = torch.randint(8, (3, 16))
+        logits = model.prior(x, y)  # (3, 16, n_codes)
+    else:
+        model = perturb(trained(name, size=7), 0.1)
+        x = binary(3, 1, 7, 7).double()
+        logits = model(x, y).flatten(1)  # (3, 49)
+    known = torch.zeros_like(x)
+    cache = model.new_cache(3)
+    with torch.no_grad():
+        for i in range(logits.shape[1]):
+            torch.testing.assert_close(model.logits_at(known, y, i, cache), logits[:, i])
+            known.view(3, -1)[:, i] = x.view(3, -1)[:, i]
+    assert logits.std() > 0.1
+
+
 @pytest.mark.parametrize("name", AUTOREGRESSIVE)
 def test_nll_is_in_nats_per_image(name):
     model = trained(name, size=8)
