@@ -55,8 +55,8 @@ class Generator(nn.Module):
     def forward(self, z, y):
         h = self.stem(z + self.label(y)).view(-1, *self.grid)  # (B, 7, 7, 2 C)
         for layer in self.mix, self.up, self.head:  # to 7, 14, 28 pixels a side
-            h = F.layer_norm(h, h.shape[-1:]).relu()  # normalise each pixel's channels
-            h = layer(h.movedim(3, 1)).movedim(1, 3)  # (B, H, W, C)
+            h = F.layer_norm(h, h.shape[-1:]).relu()  # (B, H, W, C): normalise each pixel's C
+            h = layer(h.movedim(3, 1)).movedim(1, 3)  # convolve (B, C, H, W)
         return h.movedim(3, 1).tanh()  # (B, 1, 28, 28)
 
 
@@ -81,7 +81,7 @@ class GAN(nn.Module):
     """Two players, and what each of them minimises.
 
     channels: maps at 14 x 14 pixels, twice as many at 7 x 7; z_dim: numbers in z; gamma: weight of
-    r1; size: pixels a side; n_classes: labels, 0 for none
+    r1; size: pixels a side; n_classes: number of labels, or 0
     """
 
     def __init__(self, *, channels=32, z_dim=64, gamma=1.0, size=28, n_classes=10):
@@ -120,7 +120,8 @@ class GAN(nn.Module):
         x = (2 * x - 1).requires_grad_()
         real = self.discriminator(x, y)
         fake = self.discriminator(x_fake, y)
-        # r1 = E |dD(x)/dx|^2. No D(x) depends on another x: the slope of their sum is that of each
+        # r1 = E |dD(x)/dx|^2. Each D(x) depends on its own x only, so the gradient of their sum
+        # holds the gradient of each
         slope = torch.autograd.grad(real.sum(), x, create_graph=True)[0]
         r1 = slope.square().sum() / len(x)
         # -log sigmoid(a) = softplus(-a) and -log(1 - sigmoid(a)) = softplus(a), but never infinite
@@ -130,7 +131,7 @@ class GAN(nn.Module):
         return loss, {"d_loss": loss.detach(), "d_real": d_real, "d_fake": d_fake}
 
     def g_loss(self, x, y=None):
-        """As d_loss, of the generator: on a fake for each image of x, with its label."""
+        """The generator's loss, metrics; of x only the number of images counts, a fake for each."""
         y = self.labels(len(x), y)
         if self.training:  # hide 1 label in 10: one model with and without them
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
@@ -195,7 +196,7 @@ LR = 3e-3
 def learning_rate(step, total_steps, peak):
     """Rises to the peak over the first 2 % of the steps, then falls linearly towards 0.
 
-    step: from 1 to total_steps; 0 itself would come one step later
+    step: from 1 to total_steps; the rate would reach 0 at total_steps + 1
     """
     warmup = max(1, round(0.02 * total_steps))
     if step <= warmup:
@@ -223,13 +224,13 @@ def train_step(model, optimizers, autocast, x, y):
     d_optimizer.zero_grad()
     with autocast:
         d_loss, _ = model.d_loss(x, y)
-    d_loss.backward(inputs=list(model.discriminator.parameters()))
+    d_loss.backward(inputs=list(model.discriminator.parameters()))  # none for x, which r1 needed
     d_optimizer.step()
 
     g_optimizer.zero_grad()
-    with autocast:  # anew: the first one has cached weights of the generator without gradient
+    with autocast:  # again, which empties its cache of weights: d_loss used them without gradient
         g_loss, _ = model.g_loss(x, y)
-    g_loss.backward(inputs=list(model.generator.parameters()))
+    g_loss.backward(inputs=list(model.generator.parameters()))  # none for the discriminator
     g_optimizer.step()
     return (d_loss + g_loss).detach()
 
@@ -360,7 +361,7 @@ def save_checkpoint(checkpoint, path, new=False):
     try:
         part.write_bytes(data.getvalue())
         if new:
-            path.touch(exist_ok=False)  # claim the name: raises if another run has it already
+            path.touch(exist_ok=False)  # raises if the file exists; os.replace would overwrite it
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -424,7 +425,7 @@ def make_parser():
     add("--out-dir", type=Path, default=Path("out", NAME), help="for output (default %(default)s)")
     add("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
     add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
-    add("--dry-run", action="store_true", help="two batches of everything; overwrites OUT_DIR-dry")
+    add("--dry-run", action="store_true", help="only two batches an epoch; overwrites OUT_DIR-dry")
     add("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on with the run in OUT_DIR")
@@ -459,7 +460,7 @@ def parse_args(argv):
         made_with = {**checkpoint.get("settings", {}), **checkpoint["config"]}
         made_with["class_cond"] = made_with.pop("n_classes") > 0
         made_with.pop("size")
-        # parse again, with the run's settings as defaults: what differs then, a flag has asked for
+        # parse again, with the run's settings as defaults: any value that differs now is a flag's
         parser.set_defaults(**made_with)
         args = parser.parse_args(argv)
         may_differ = ["epochs", "lr"]
@@ -533,10 +534,10 @@ def main(argv=None):
     if len(log) > args.epochs:
         fail(f"--epochs {args.epochs}: the run in {args.out_dir} has had {len(log)} already")
     if args.compile:
-        model.compile()  # forward only; what loss does around it is little
+        model.compile()  # its forward: the network (in gan.py, the generator)
 
     # Save before the first step: a disk that cannot be written to is noticed now, not after an
-    # hour, and --resume can go on wherever the run is stopped.
+    # hour, and --resume can go on wherever the run is stopped. (It saves what it has loaded.)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / "model.pt"
     is_new = checkpoint is None and not args.dry_run

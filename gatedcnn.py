@@ -39,7 +39,8 @@ import torch.nn.functional as F
 class GatedBlock(nn.Module):
     """One layer of the vertical stack v and of the horizontal stack h; h is told of v.
 
-    A kernel of k pixels is cut off after its centre; pad = k // 2 zeros are above, left and right.
+    v looks at its own row and pad = k // 2 rows above, h at its own pixel and pad ones on its left.
+    That leaks nothing: before the first block the image is moved, for v down, for h to the right.
     """
 
     def __init__(self, channels, k):
@@ -52,7 +53,7 @@ class GatedBlock(nn.Module):
 
     def activate(self, pair):
         """pair (..., 2 C): values and as many gates -> tanh(value) * sigmoid(gate) (..., C)."""
-        value, gate = pair.chunk(2, dim=-1)
+        value, gate = pair.chunk(2, dim=-1)  # made contiguous, tanh and sigmoid are faster
         return value.contiguous().tanh() * gate.contiguous().sigmoid()
 
     def forward_v(self, padded_v):
@@ -73,7 +74,7 @@ class GatedPixelCNN(nn.Module):
     """A vertical and a horizontal stack of gated convolutions over the image.
 
     channels: numbers in a pixel's vector, in either stack; n_layer: blocks; kernel: the width of
-    their convolutions, an odd number of pixels; size: pixels a side; n_classes: labels, 0 for none
+    their convolutions, an odd number of pixels; size: pixels a side; n_classes: of labels, or 0
     """
 
     def __init__(self, *, channels=32, n_layer=4, kernel=5, size=28, n_classes=10):
@@ -138,7 +139,7 @@ class GatedPixelCNN(nn.Module):
         pad = self.kernel // 2
         rows_above = F.pad(x, (3, 3, 4, 0))[:, :, r : r + 4]  # (B, 1, 4, 3 + W + 3)
         v = self.stem_v(rows_above).movedim(1, 3)  # (B, 1, W, channels)
-        v = v + (self.row[r] + self.col + self.embed(x, y)[:, None])[:, None]
+        v = v + (self.row[r] + self.col + self.embed(x, y)[:, None, None])
         cache["from_stem"] = self.stem_to_h(v)
         for b, block in enumerate(self.blocks):
             cache["v"][b][:, pad + r, pad:-pad] = v[:, 0]
@@ -159,7 +160,7 @@ class GatedPixelCNN(nn.Module):
         skips = 0
         for b, block in enumerate(self.blocks):
             cache["h"][b][:, :, pad + c] = h[:, :, 0]
-            padded_h = cache["h"][b][:, :, c : c + pad + 1]  # of this row; beyond is the last one's
+            padded_h = cache["h"][b][:, :, c : c + pad + 1]  # further right is the last row
             change, skip = block.forward_h(padded_h, cache["from_v"][b][:, :, c : c + 1])
             h = h + change  # (B, 1, 1, channels)
             skips = skips + skip
@@ -196,7 +197,7 @@ class GatedPixelCNN(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.size**2):
-            # given pixels pass through it, too, as later steps need them in the cache
+            # for given pixels, too: it adds them to the cache, which later pixels read
             logits = self.logits_at(x, y, i, cache)  # (n,)
             if guided:
                 uncond = self.logits_at(x, None, i, uncond_cache)
@@ -209,7 +210,7 @@ class GatedPixelCNN(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images, of which ten are used -> {name: pictures}:
 
-        sampling    (2 H + 1, 20, 1, H, W): 20 images as they are drawn, a frame each half row
+        sampling    (frames, 20, 1, H, W): 20 images as they are drawn, a frame each half row
         completion  (60, 1, H, W): ten images, their upper halves, four draws of each rest
         field       (1, 1, 8 H, 8 W): how much the logit of the middle pixel depends on each pixel;
                     black: not at all
@@ -227,7 +228,7 @@ class GatedPixelCNN(nn.Module):
             x.requires_grad_()
             middle = self(x)[..., half, half].sum()
             slope = torch.autograd.grad(middle, x)[0].abs().mean(0, keepdim=True)  # (1, 1, H, W)
-        field = (slope > 0) * (0.3 + 0.7 * slope / slope.max())
+        field = (slope > 0) * (0.3 + 0.7 * slope / slope.max())  # 0.3: not black, however weak
         field = F.interpolate(field, scale_factor=8)
         return {"sampling": torch.stack(frames), "completion": completion, "field": field}
 
@@ -265,7 +266,7 @@ LR = 1e-2
 def learning_rate(step, total_steps, peak):
     """Rises to the peak over the first 2 % of the steps, then falls linearly towards 0.
 
-    step: from 1 to total_steps; 0 itself would come one step later
+    step: from 1 to total_steps; the rate would reach 0 at total_steps + 1
     """
     warmup = max(1, round(0.02 * total_steps))
     if step <= warmup:
@@ -419,7 +420,7 @@ def save_checkpoint(checkpoint, path, new=False):
     try:
         part.write_bytes(data.getvalue())
         if new:
-            path.touch(exist_ok=False)  # claim the name: raises if another run has it already
+            path.touch(exist_ok=False)  # raises if the file exists; os.replace would overwrite it
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -483,7 +484,7 @@ def make_parser():
     add("--out-dir", type=Path, default=Path("out", NAME), help="for output (default %(default)s)")
     add("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
     add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
-    add("--dry-run", action="store_true", help="two batches of everything; overwrites OUT_DIR-dry")
+    add("--dry-run", action="store_true", help="only two batches an epoch; overwrites OUT_DIR-dry")
     add("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on with the run in OUT_DIR")
@@ -518,7 +519,7 @@ def parse_args(argv):
         made_with = {**checkpoint.get("settings", {}), **checkpoint["config"]}
         made_with["class_cond"] = made_with.pop("n_classes") > 0
         made_with.pop("size")
-        # parse again, with the run's settings as defaults: what differs then, a flag has asked for
+        # parse again, with the run's settings as defaults: any value that differs now is a flag's
         parser.set_defaults(**made_with)
         args = parser.parse_args(argv)
         may_differ = ["epochs", "lr"]
@@ -592,10 +593,10 @@ def main(argv=None):
     if len(log) > args.epochs:
         fail(f"--epochs {args.epochs}: the run in {args.out_dir} has had {len(log)} already")
     if args.compile:
-        model.compile()  # forward only; what loss does around it is little
+        model.compile()  # its forward: the network (in gan.py, the generator)
 
     # Save before the first step: a disk that cannot be written to is noticed now, not after an
-    # hour, and --resume can go on wherever the run is stopped.
+    # hour, and --resume can go on wherever the run is stopped. (It saves what it has loaded.)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / "model.pt"
     is_new = checkpoint is None and not args.dry_run

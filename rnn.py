@@ -132,7 +132,7 @@ class PixelRNN(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.size**2):
-            # given pixels pass through it, too, as later steps need them in the cache
+            # for given pixels, too: it adds them to the cache, which later pixels read
             logits = self.logits_at(x, y, i, cache)  # (n,)
             if guided:
                 uncond = self.logits_at(x, None, i, uncond_cache)
@@ -145,7 +145,7 @@ class PixelRNN(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images, of which ten are used -> {name: pictures}:
 
-        sampling    (2 H + 1, 20, 1, H, W): 20 images as they are drawn, a frame each half row
+        sampling    (frames, 20, 1, H, W): 20 images as they are drawn, a frame each half row
         completion  (60, 1, H, W): ten images, their upper halves, four draws of each rest
         """
         x = torch.bernoulli(x[:10])
@@ -192,7 +192,7 @@ LR = 5e-3
 def learning_rate(step, total_steps, peak):
     """Rises to the peak over the first 2 % of the steps, then falls linearly towards 0.
 
-    step: from 1 to total_steps; 0 itself would come one step later
+    step: from 1 to total_steps; the rate would reach 0 at total_steps + 1
     """
     warmup = max(1, round(0.02 * total_steps))
     if step <= warmup:
@@ -346,7 +346,7 @@ def save_checkpoint(checkpoint, path, new=False):
     try:
         part.write_bytes(data.getvalue())
         if new:
-            path.touch(exist_ok=False)  # claim the name: raises if another run has it already
+            path.touch(exist_ok=False)  # raises if the file exists; os.replace would overwrite it
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -410,7 +410,7 @@ def make_parser():
     add("--out-dir", type=Path, default=Path("out", NAME), help="for output (default %(default)s)")
     add("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
     add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
-    add("--dry-run", action="store_true", help="two batches of everything; overwrites OUT_DIR-dry")
+    add("--dry-run", action="store_true", help="only two batches an epoch; overwrites OUT_DIR-dry")
     add("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on with the run in OUT_DIR")
@@ -445,7 +445,7 @@ def parse_args(argv):
         made_with = {**checkpoint.get("settings", {}), **checkpoint["config"]}
         made_with["class_cond"] = made_with.pop("n_classes") > 0
         made_with.pop("size")
-        # parse again, with the run's settings as defaults: what differs then, a flag has asked for
+        # parse again, with the run's settings as defaults: any value that differs now is a flag's
         parser.set_defaults(**made_with)
         args = parser.parse_args(argv)
         may_differ = ["epochs", "lr"]
@@ -519,10 +519,10 @@ def main(argv=None):
     if len(log) > args.epochs:
         fail(f"--epochs {args.epochs}: the run in {args.out_dir} has had {len(log)} already")
     if args.compile:
-        model.compile()  # forward only; what loss does around it is little
+        model.compile()  # its forward: the network (in gan.py, the generator)
 
     # Save before the first step: a disk that cannot be written to is noticed now, not after an
-    # hour, and --resume can go on wherever the run is stopped.
+    # hour, and --resume can go on wherever the run is stopped. (It saves what it has loaded.)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / "model.pt"
     is_new = checkpoint is None and not args.dry_run
