@@ -430,7 +430,7 @@ def make_parser():
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on with the run in OUT_DIR")
     mode.add_argument("--sample", type=int, metavar="N", help="only draw N images from that run")
-    sizes = parser.add_argument_group(f"sizes of the model, explained in class {Model.__name__}")
+    sizes = parser.add_argument_group("sizes of the model", Model.__doc__)  # which explains them
     for name, value in size_defaults().items():
         sizes.add_argument(
             to_flag(name), type=type(value), default=value, help=f"(default {value})"

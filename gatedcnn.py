@@ -74,7 +74,8 @@ class GatedPixelCNN(nn.Module):
     """A vertical and a horizontal stack of gated convolutions over the image.
 
     channels: numbers in a pixel's vector, in either stack; n_layer: blocks; kernel: the width of
-    their convolutions, an odd number of pixels; size: pixels a side; n_classes: of labels, or 0
+    their convolutions, an odd number of pixels; size: pixels a side; n_classes: number of labels,
+    or 0
     """
 
     def __init__(self, *, channels=32, n_layer=4, kernel=5, size=28, n_classes=10):
@@ -489,7 +490,7 @@ def make_parser():
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on with the run in OUT_DIR")
     mode.add_argument("--sample", type=int, metavar="N", help="only draw N images from that run")
-    sizes = parser.add_argument_group(f"sizes of the model, explained in class {Model.__name__}")
+    sizes = parser.add_argument_group("sizes of the model", Model.__doc__)  # which explains them
     for name, value in size_defaults().items():
         sizes.add_argument(
             to_flag(name), type=type(value), default=value, help=f"(default {value})"
