@@ -70,8 +70,8 @@ class ResidualBlock(nn.Module):
 class MADE(nn.Module):
     """A masked residual network from all pixels to the logits of all pixels.
 
-    hidden: units of a layer; n_layer: residual blocks; size: pixels a side; n_classes: labels, 0
-    for none
+    hidden: units of a layer; n_layer: residual blocks; size: pixels a side; n_classes: number
+    of labels, or 0
     """
 
     def __init__(self, *, hidden=1568, n_layer=1, size=28, n_classes=10):
