@@ -80,11 +80,11 @@ class PixelRNN(nn.Module):
 
     def logits(self, h, states):
         """Tokens h (B, T, n_embd) -> logits (B, T). Replaces the state of each LSTM in the list."""
-        for k, lstm in enumerate(self.layers):
-            # autocast to bfloat16 would on CUDA run an LSTM in float16, which ends at 65504
-            with torch.autocast("cuda", enabled=False):
+        # autocast to bfloat16 would on CUDA run an LSTM in float16, which ends at 65504
+        with torch.autocast("cuda", enabled=False):
+            for k, lstm in enumerate(self.layers):
                 out, states[k] = lstm(F.layer_norm(h, h.shape[-1:]), states[k])
-            h = h + out
+                h = h + out
         return self.head(F.layer_norm(h, h.shape[-1:]))[..., 0].float()
 
     def forward(self, x, y=None):  # x (B, 1, H, W) in {0, 1} -> logits (B, 1, H, W)

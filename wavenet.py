@@ -107,7 +107,9 @@ class WaveNet(nn.Module):
         Puts the token that enters each layer into its queue in cache.
         """
         r, c = divmod(i, self.size)
-        before = F.pad(x.flatten(1), (1, 0))[:, i : i + 1]  # (B, 1)
+        before = x.new_zeros(len(x), 1)
+        if i > 0:
+            before = x.flatten(1)[:, i - 1 : i]  # (B, 1)
         h = self.stem(before) + (self.row[r, 0] + self.col[0, c]) + self.embed(x, y)
         skips = 0
         for layer, queue in zip(self.layers, cache):
