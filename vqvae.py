@@ -182,8 +182,7 @@ class VQVAE(nn.Module):
         self.usage.lerp_(self.usage_of(codes) * self.n_codes, 0.01)
         dead = self.usage < 0.02  # (n_codes,)
         z_e = z_e.flatten(0, 1)  # (49 B, code_dim)
-        # one of them for each code, though only dead codes take it: which these are, the CPU of a
-        # GPU does not know
+        # one for each code, though only dead ones take theirs: to count these would make a GPU wait
         candidates = z_e[torch.randint(len(z_e), dead.shape, device=dead.device)]
         self.codebook.copy_(torch.where(dead[:, None], candidates, self.codebook))
         self.usage.masked_fill_(dead, 1)
