@@ -100,7 +100,7 @@ class Diffusion(nn.Module):
         self.register_buffer("freqs", torch.logspace(0, 3, n_embd // 2), persistent=False)
         self.time = nn.Sequential(nn.Linear(n_embd, n_embd), nn.SiLU(), nn.Linear(n_embd, n_embd))
         self.label = nn.Embedding(n_classes + 1, n_embd)  # the last entry is "no label"
-        self.stem = nn.Conv2d(4, channels, 3, padding=1)
+        self.stem = nn.Conv2d(8, channels, 3, padding=1)  # 8: 2 x 2 pixels of x_t and of x0_last
         self.down = nn.Conv2d(channels, 2 * channels, 2, stride=2)
         self.inner = nn.ModuleList(ResBlock(2 * channels, n_embd) for _ in range(n_inner))
         self.up = nn.ConvTranspose2d(2 * channels, channels, 2, stride=2)
@@ -114,11 +114,18 @@ class Diffusion(nn.Module):
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
 
-    def forward(self, x_t, t, y=None):  # x_t (B, 1, H, W), t (B,) in [0, 1] -> v like x_t
+    def forward(self, x_t, t, y=None, x0_last=None):
+        """x_t (B, 1, H, W), t (B,) in [0, 1] -> v like x_t.
+
+        x0_last: the x0 that was predicted in the step before, like x_t, or None if there is none
+        """
+        if x0_last is None:
+            x0_last = torch.zeros_like(x_t)
         angles = t[:, None] * self.freqs  # (B, n_embd / 2): t as the hands of slow and fast clocks
         clocks = torch.cat([angles.cos(), angles.sin()], 1)  # (B, n_embd)
         emb = F.silu(self.time(clocks) + self.embed(x_t, y))
-        skip = self.stem(F.pixel_unshuffle(x_t, 2))  # (B, 4, 14, 14) -> (B, C, 14, 14)
+        both = torch.cat([x_t, x0_last], 1)  # (B, 2, 28, 28)
+        skip = self.stem(F.pixel_unshuffle(both, 2))  # (B, 8, 14, 14) -> (B, C, 14, 14)
         h = self.down(skip)  # (B, 2 C, 7, 7)
         for block in self.inner:
             h = block(h, emb)
@@ -132,6 +139,11 @@ class Diffusion(nn.Module):
         v = a.cos() * eps - a.sin() * x0
         return x_t, v
 
+    def hidden_weights(self):
+        """The matrices in the blocks, which Muon trains."""
+        blocks = [*self.inner, self.outer]
+        return [weight for block in blocks for weight in block.parameters() if weight.ndim > 1]
+
     def loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> mean squared error of v, {"loss": it}."""
         self.check(x, y)
@@ -143,50 +155,73 @@ class Diffusion(nn.Module):
         t = u.sqrt()
         x0 = 2 * x - 1
         x_t, v = self.diffuse(x0, t, torch.randn_like(x0))
-        loss = F.mse_loss(self(x_t, t, y), v)
+        # Half of the images (every second one, so that their t cover [0, 1], too) also see an x0
+        # that the network itself predicts of them, as in sampling. detach: no gradient goes there.
+        x0_last = torch.zeros_like(x0)
+        a = t[::2, None, None, None] * math.pi / 2
+        v_first = self(x_t[::2], t[::2], None if y is None else y[::2]).detach()
+        x0_last[::2] = a.cos() * x_t[::2] - a.sin() * v_first
+        loss = F.mse_loss(self(x_t, t, y, x0_last), v)
         return loss, {"loss": loss}
 
-    def guided_v(self, x_t, t, y, guidance):
+    def guided_v(self, x_t, t, y, guidance, x0_last):
         """v of x_t (B, 1, H, W) at time t, a number. If there are labels y (B,), it goes from the v
         without labels towards that with labels, and for guidance > 1 beyond it."""
         t = torch.full((len(x_t),), t, device=x_t.device, dtype=x_t.dtype)
-        v = self(x_t, t)
+        v = self(x_t, t, None, x0_last)
         if y is None:
             return v
-        return v + guidance * (self(x_t, t, y) - v)
+        return v + guidance * (self(x_t, t, y, x0_last) - v)
 
     @torch.no_grad()
-    def ode(self, x, start, end, steps, y=None, guidance=1.5, frames=None):
-        """Follow dx/da = v from x (B, 1, H, W) at time start to time end, in either direction.
+    def move(
+        self, x, start, end, steps, y=None, guidance=1.5, fresh=0.0, self_cond=True, frames=None
+    ):
+        """Move x (B, 1, H, W) from time start to time end, in equal steps -> x at time end.
 
-        A step follows v in the step's middle, extrapolated from this and the last v (the two-step
-        Adams-Bashforth method: error O(1 / steps^2)). A network call a step; two, if y is given.
+        A step splits x into the x0 and the eps that the network predicts, and mixes these again as
+        the next time asks for. A network call a step; two, if labels y (B,) are given.
 
+        fresh:  how much of eps is replaced by fresh noise in each step. 0: none, so that the way
+                from noise to image and back is determined (DDIM); 1: as much as in DDPM
+        self_cond: show the network the x0 that it predicted last. If not, v depends on x and t
+                alone, and the way back is the way there, reversed
         frames: a list, to which each step appends the new x and the x0 predicted from the old one
         """
-        da = (end - start) / steps * math.pi / 2
-        v_last = None
+        x0_last = None
         for i in range(steps):
             t = start + (end - start) * i / steps
+            t_next = start + (end - start) * (i + 1) / steps
             a = t * math.pi / 2
-            v = self.guided_v(x, t, y, guidance)
+            b = t_next * math.pi / 2
+            v = self.guided_v(x, t, y, guidance, x0_last if self_cond else None)
             x0 = math.cos(a) * x - math.sin(a) * v
-            if v_last is None:
-                x = x + da * v  # the first is Euler's step
-            else:
-                x = x + da * (1.5 * v - 0.5 * v_last)
-            v_last = v
+            eps = math.sin(a) * x + math.cos(a) * v
+            x0_middle = x0
+            if x0_last is not None and t_next > 0:
+                # x0 as it will be in the middle of the step, if it goes on changing as it did; and
+                # the eps that makes up x with it: two steps' knowledge, errors of O(1 / steps^2)
+                x0_middle = 1.5 * x0 - 0.5 * x0_last
+                eps = (x - math.cos(a) * x0_middle) / math.sin(a)
+            if fresh > 0:
+                keep = (math.tan(b) / math.tan(a)) ** fresh  # in [0, 1]
+                eps = keep * eps + math.sqrt(1 - keep**2) * torch.randn_like(eps)
+            x = math.cos(b) * x0_middle + math.sin(b) * eps
+            x0_last = x0
             if frames is not None:
                 frames.append((x, x0))
         return x
 
     @torch.no_grad()
-    def sample(self, n, y=None, steps=25, guidance=1.5):
-        """n images (n, 1, H, W) in [0, 1] by `steps` steps of the ODE; y (n,) labels or None."""
+    def sample(self, n, y=None, steps=50, guidance=1.5, fresh=0.25):
+        """n images (n, 1, H, W) in [0, 1] in `steps` steps from noise; y (n,) labels or None.
+
+        guidance, fresh: see the methods guided_v and move
+        """
         weight = self.label.weight  # for its device and dtype, as any other
         shape = (n, 1, self.size, self.size)
         noise = torch.randn(shape, device=weight.device, dtype=weight.dtype)
-        x0 = self.ode(noise, 1, 0, steps, y, guidance)
+        x0 = self.move(noise, 1, 0, steps, y, guidance, fresh)
         return (x0.clamp(-1, 1) + 1) / 2
 
     @torch.no_grad()
@@ -197,11 +232,15 @@ class Diffusion(nn.Module):
         interpolation  (10 N, 1, H, W): a row from each image to the next, by way of their noise
         """
         frames = []
-        self.ode(torch.randn_like(x), 1, 0, 25, frames=frames)
+        self.move(torch.randn_like(x), 1, 0, 25, frames=frames)
         process = torch.stack([torch.cat(pair, dim=-1) for pair in frames])
-        noise = self.ode(2 * x - 1, 0, 1, 25)  # backwards: from the images to their noise
+        # Backwards, from the images to their noise. Not from t = 0: the background of real images
+        # is exactly -1, and where there is no noise yet, nothing says which noise is to come.
+        start = 0.05
+        x_t, _ = self.diffuse(2 * x - 1, x.new_full((len(x),), start), torch.randn_like(x))
+        noise = self.move(x_t, start, 1, 50, self_cond=False)
         arcs = slerp(noise, noise.roll(-1, 0)).view(-1, *x.shape[1:])  # each image and the next
-        interpolation = self.ode(arcs, 1, 0, 25)
+        interpolation = self.move(arcs, 1, 0, 50, self_cond=False)
         return {
             "process": (process.clamp(-1, 1) + 1) / 2,
             "interpolation": (interpolation.clamp(-1, 1) + 1) / 2,
@@ -229,7 +268,7 @@ class Diffusion(nn.Module):
 
 
 # ---------------------------------------------------------------- train
-# The same text in all ten scripts, but for these constants and, in gan.py, make_optimizers and
+# The same text in all ten scripts, but for these constants and, in gan.py, the optimizers and
 # train_step. The heart of it is train_step.
 NAME = "diffusion"  # names the folder in out/; checkpoints say it, so that others are refused
 Model = Diffusion
@@ -249,9 +288,66 @@ def learning_rate(step, total_steps, peak):
     return peak * (total_steps + 1 - step) / (total_steps + 1 - warmup)
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum with orthogonal updates, for the matrices inside a network (Jordan et al. 2024).
+
+    The gradient of a matrix is mostly made of a few directions. Plain momentum moves the weights
+    along these, and hardly along the others; Muon along all of them equally fast. The weight of a
+    convolution (out, in, h, w) counts as the matrix (out, in h w).
+    """
+
+    def __init__(self, weights):
+        groups = {}  # weights of the same shape are updated together, which takes fewer steps
+        for weight in weights:
+            groups.setdefault(weight.shape, []).append(weight)
+        super().__init__([{"params": group} for group in groups.values()], {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            weights = group["params"]
+            grads = torch.stack([weight.grad for weight in weights]).flatten(2)  # (K, M, N)
+            state = self.state[weights[0]]
+            if not state:
+                state["mean"] = torch.zeros_like(grads)
+            state["mean"].lerp_(grads, 0.05)  # 0.95 mean + 0.05 grads
+            updates = orthogonalise(grads.lerp(state["mean"], 0.95))  # 0.05 grads + 0.95 mean
+            for weight, update in zip(weights, updates):
+                weight.sub_(update.reshape(weight.shape), alpha=group["lr"])
+
+
+def orthogonalise(x):
+    """Matrices x (K, M, N), each U S V^T (its singular value decomposition) -> nearly U V^T.
+
+    The iteration X <- a X + b (X X^T) X + c (X X^T)^2 X leaves U and V as they are, and turns each
+    singular value s into a s + b s^3 + c s^5. With the a, b and c below, five of these steps turn
+    any s from 0.002 to 1 into one from 0.68 to 1.2. The result is scaled to a root mean square of
+    0.2, about that of AdamW's updates, so that one learning rate suits both (arXiv:2502.16982).
+    """
+    scale = 0.2 * max(x.shape[1:]) ** 0.5
+    is_tall = x.shape[1] > x.shape[2]
+    if is_tall:
+        x = x.mT  # so that X X^T is the smaller product
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # now no s is above 1
+    for _ in range(5):
+        xxt = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * xxt + 2.0315 * xxt @ xxt) @ x
+    if is_tall:
+        x = x.mT
+    return scale * x
+
+
 def make_optimizers(model):
-    """One AdamW (weight decay 0.01) for all weights. train_epoch sets its learning rate."""
-    return [torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), fused=True)]
+    """Muon for the matrices that the model names, and AdamW (weight decay 0.01) for all others.
+
+    train_epoch sets the learning rate of both.
+    """
+    hidden = model.hidden_weights()
+    others = [weight for weight in model.parameters() if not any(weight is h for h in hidden)]
+    optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.99), fused=True)]
+    if hidden:
+        optimizers.append(Muon(hidden))
+    return optimizers
 
 
 def train_step(model, optimizers, autocast, x, y):

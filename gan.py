@@ -184,7 +184,7 @@ class GAN(nn.Module):
 
 
 # ---------------------------------------------------------------- train
-# The same text in all ten scripts, but for these constants and, in gan.py, make_optimizers and
+# The same text in all ten scripts, but for these constants and, in gan.py, the optimizers and
 # train_step. The heart of it is train_step.
 NAME = "gan"  # of this script, its folder in out/, and the origin of its checkpoints
 Model = GAN

@@ -3,7 +3,7 @@
     python .ci/copy_train_section.py diffusion.py
 
 What differs by design stays as it is in each file: the constants at the top of the section, and in
-gan.py the functions make_optimizers and train_step.
+gan.py what makes the optimizers and takes a training step.
 """
 
 import re
@@ -14,12 +14,10 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = "rnn made wavenet pixelcnn gatedcnn transformer vae vqvae gan diffusion".split()
 RULER = "# ---------------------------------------------------------------- train\n"
 CONSTANT = re.compile(r"^[A-Za-z_]+ = .*$", re.M)
-GAN_FUNCTIONS = ("make_optimizers", "train_step")
-
-
-def function_text(section, name):
-    """The text of a top-level function, up to whatever follows it."""
-    return re.search(rf"^def {name}\(.*?\n\n\n(?=\S)", section, re.M | re.S)[0]
+# the optimizers and a training step: what stands between learning_rate and update_ema
+GAN_PART = re.compile(
+    r"(?<=\n\n\n)(class Muon|def make_optimizers).*(?=@torch.*\ndef update_ema)", re.S
+)
 
 
 def constants_text(section):
@@ -28,13 +26,11 @@ def constants_text(section):
     return section[found[0].start() : found[-1].end()]
 
 
-def adapt(section, old_section, keep_functions):
+def adapt(section, old_section, is_gan):
     """The new section with those parts of the old one that differ by design."""
     section = section.replace(constants_text(section), constants_text(old_section))
-    if keep_functions:
-        for name in GAN_FUNCTIONS:
-            new, old = function_text(section, name), function_text(old_section, name)
-            section = section.replace(new, old)
+    if is_gan:
+        section = section.replace(GAN_PART.search(section)[0], GAN_PART.search(old_section)[0])
     return section
 
 

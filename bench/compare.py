@@ -15,6 +15,7 @@ ratio       that distance over the one of as many training images (a mean over f
 KID         squared distance of the mean features under the kernel (a b / 64 + 1)^3, unbiased
 precision   share of samples among the data: nearer to a test image than its third neighbour is
 recall      share of test images among the samples, likewise
+brightness  mean of all pixels, 0 black and 1 white: too low means that strokes are too thin
 digits      shares of the rarest and of the commonest digit among the samples
 labels      share of 1,000 samples that show the digit asked for, of out/<script>-labels/model.pt,
             with the guidance that sample() has by default
@@ -45,7 +46,7 @@ from common import load_mnist, save_images
 GREY = "gan", "diffusion"
 START, END = "<!-- bench/compare.py writes from here -->\n", "<!-- to here -->\n"
 COLUMNS = ("model", "parameters", "epochs", "s/epoch", "nats", "bits/dim", "100 in", "Frechet",
-           "ratio", "KID", "precision", "recall", "digits", "labels")  # fmt: skip
+           "ratio", "KID", "precision", "recall", "brightness", "digits", "labels")  # fmt: skip
 
 
 def frechet(a, b):
@@ -103,7 +104,7 @@ class Data:
         share = digits.bincount(minlength=10) / len(x)
         return {"Frechet": frechet(a, self.real), "KID": kid(a, self.real),
                 "precision": manifold_coverage(a, self.real),
-                "recall": manifold_coverage(self.real, a),
+                "recall": manifold_coverage(self.real, a), "brightness": x.mean().item(),
                 "rarest": share.min().item(), "commonest": share.max().item()}  # fmt: skip
 
 
@@ -179,7 +180,7 @@ def real_baseline(n, data, train_x):
 def row(name, figures, real):
     """A line of the table, empty where a figure is missing; real: Frechet of training images."""
     forms = {"s/epoch": "{:.0f}", "100 in": "{:.2f} s", "Frechet": "{:.2f}", "KID": "{:.1f}",
-             "precision": "{:.2f}", "recall": "{:.2f}"}  # fmt: skip
+             "precision": "{:.2f}", "recall": "{:.2f}", "brightness": "{:.3f}"}  # fmt: skip
     show = {key: forms.get(key, "{:,}").format(value) for key, value in figures.items()}
     show["model"] = f"[{name}.py]({name}.py)" if name in SCRIPTS else name
     ratio = figures["Frechet"] / real

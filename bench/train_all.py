@@ -1,15 +1,17 @@
-"""Train all ten scripts, one after another, within a budget of time.
+"""Train all ten scripts, one after another, with their default settings or within a time limit.
 
-    python bench/train_all.py --minutes 180        # again after an interruption: goes on
+    python bench/train_all.py                      # again after an interruption: goes on
+    python bench/train_all.py --minutes 180
     python bench/train_all.py --minutes 20 --scripts vae gan --labels
 
-Each script gets an equal share of the minutes, and at least one epoch. The first start times a few
-steps, a test and a grid of samples of each, plans the epochs that fit into nine tenths of its share
-(the rest is for start and end), and keeps the plan in out/bench/plan.json, so that a later start
-goes on with the same schedule; delete that file and out/<script> to plan and train anew. With
---labels, all go into out/<script>-labels and learn the labels, too: bench/compare.py measures what
-these draw. It is run at the end if all ten have been trained. --profile times 20 steps of each
-script instead, and says what they wait for: the launches of kernels, memory, or arithmetic.
+With --minutes, each script gets an equal share of these, and at least one epoch. The first start
+times a few steps, a test and a grid of samples of each, plans the epochs that fit into nine tenths
+of its share (the rest is for start and end), and keeps the plan in out/bench/plan.json, so that a
+later start goes on with the same schedule; delete that file and out/<script> to plan and train
+anew. With --labels, all go into out/<script>-labels and learn the labels, too: bench/compare.py
+measures what these draw. It is run at the end if all ten have been trained. --profile times 20
+steps of each script instead, and says what they wait for: the launches of kernels, memory, or
+arithmetic.
 """
 
 import argparse
@@ -108,7 +110,7 @@ def profile(script, peak):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    flag("--minutes", type=float, default=180, help="for all scripts together (%(default)s)")
+    flag("--minutes", type=float, help="for all scripts together (default: their own epochs)")
     flag("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS, help="(default: all ten)")
     flag("--labels", action="store_true", help="--class-cond for all, into out/<script>-labels")
     flag("--profile", action="store_true", help="no training: time 20 steps of each")
@@ -122,20 +124,23 @@ def main(argv=None):
         for script in args.scripts:
             profile(script, peak)
         return
-    if args.minutes <= 0:
+    if args.minutes is not None and args.minutes <= 0:
         parser.error("--minutes must be above 0")
     path = Path("out/bench/plan.json")
     plan = json.loads(path.read_text()) if path.exists() else {}
     for script in args.scripts:
         out = f"out/{script}-labels" if args.labels else f"out/{script}"
-        if out not in plan:
+        if args.minutes is None:
+            epochs = importlib.import_module(script).EPOCHS
+        elif out in plan:
+            epochs = plan[out]
+        else:
             share = 0.9 * 60 * args.minutes / len(args.scripts)
             step, test, sample, steps = trainer(script)
             epoch = steps * seconds(step, 5) + 20 * seconds(test, 1, 1) + seconds(sample, 1, 1)
-            plan[out] = max(1, int(share / epoch))
+            epochs = plan[out] = max(1, int(share / epoch))
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(plan))
-        epochs = plan[out]
         checkpoint = Path(out, "model.pt")
         done = 0
         if checkpoint.exists():

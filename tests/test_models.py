@@ -216,14 +216,14 @@ def test_diffusion_marginals_and_both_ends():
         torch.testing.assert_close(s * x_t + c * v, eps, atol=1e-5, rtol=0)
     times = []
 
-    def forward(x_t, t, y):
+    def forward(x_t, t, y, x0_last=None):
         times.append(t)
         return x_t
 
     model.forward = forward
     for _ in range(20):
         model.loss(torch.rand(128, 1, 28, 28))
-    times = torch.stack(times)
+    times = torch.stack(times[1::2])  # the other calls predict the x0_last of half of the images
     assert times.min() < 0.05
     assert 0.999 < times.max() <= 1
     assert abs(times.square().mean() - 0.5) < 0.005  # density 2 t
@@ -234,7 +234,7 @@ def test_diffusion_sampler_recovers_a_gaussian(mean, std):
     """For data N(mean, std^2) the best v is known, and the ODE takes noise z to mean + std z."""
     model = tiny("diffusion").double()
 
-    def best_v(x, t, y=None):
+    def best_v(x, t, y=None, x0_last=None):
         c, s = (t[0] * math.pi / 2).cos(), (t[0] * math.pi / 2).sin()
         surprise = (x - c * mean) / (c**2 * std**2 + s**2).clamp(min=1e-12)
         return c * s * surprise - s * (mean + c * std**2 * surprise)
@@ -242,25 +242,60 @@ def test_diffusion_sampler_recovers_a_gaussian(mean, std):
     model.forward = best_v
     z = torch.linspace(-3, 3, 61, dtype=torch.float64).view(-1, 1, 1, 1)
     coarse, fine = (
-        (model.ode(z, 1, 0, steps) - (mean + std * z)).abs().max().item() for steps in (25, 100)
+        (model.move(z, 1, 0, steps) - (mean + std * z)).abs().max().item() for steps in (25, 100)
     )
     assert coarse < 0.03
     assert fine < max(coarse / 8, 1e-6)
-    if std == 1 and mean == 0:
-        assert coarse < 1e-6
     if std > 0:  # and backwards: from data to its noise
-        back = model.ode(mean + std * z, 0, 1, 100)
+        back = model.move(mean + std * z, 0, 1, 100)
         assert (back - z).abs().max() < 0.02
+    noise = torch.randn(20_000, 1, 1, 1, dtype=torch.float64)
+    for fresh in (0.5, 1.0):  # not each noise on its own, but all together
+        x = model.move(noise, 1, 0, 100, fresh=fresh)
+        assert abs(x.mean() - mean) < 0.03 * std + 1e-3
+        assert abs(x.std() - std) < 0.03 * std + 1e-3
+        if std > 0:
+            assert abs(torch.corrcoef(torch.cat([x.flatten(1).T, noise.flatten(1).T]))[0, 1]) < 0.9
+
+
+def test_diffusion_sees_its_last_prediction():
+    """In training, every second image is shown the x0 that the network predicts without it."""
+    model = perturb(tiny("diffusion"))
+    calls = []
+    forward = model.forward
+
+    def watched(x_t, t, y=None, x0_last=None):
+        v = forward(x_t, t, y, x0_last)
+        calls.append((x_t, t, y, x0_last, v))
+        return v
+
+    model.forward = watched
+    y = torch.arange(8)
+    model.eval().loss(IMAGES[0][:8] / 255, y)
+    (x_t, t, y_half, nothing, v), (all_x_t, all_t, _, x0_last, _) = calls
+    assert nothing is None
+    assert torch.equal(x_t, all_x_t[::2]) and torch.equal(t, all_t[::2])
+    assert torch.equal(y_half, y[::2])
+    a = t[:, None, None, None] * math.pi / 2
+    torch.testing.assert_close(x0_last[::2], a.cos() * x_t - a.sin() * v)
+    assert not x0_last[1::2].any() and not x0_last.requires_grad
+    # in sampling, all images are, from the second step on
+    calls.clear()
+    model.sample(2, steps=3)
+    assert calls[0][3] is None
+    for before, after in zip(calls, calls[1:]):
+        a = before[1][0] * math.pi / 2
+        torch.testing.assert_close(after[3], a.cos() * before[0] - a.sin() * before[4])
 
 
 def test_diffusion_guidance():
     model = perturb(tiny("diffusion"))
     x, y = torch.randn(3, 1, 28, 28), torch.tensor([1, 2, 3])
-    plain = model.ode(x, 1, 0, 1)
-    label = model.ode(x, 1, 0, 1, y, guidance=1)
-    torch.testing.assert_close(model.ode(x, 1, 0, 1, y, guidance=0), plain)
+    plain = model.move(x, 1, 0, 1)
+    label = model.move(x, 1, 0, 1, y, guidance=1)
+    torch.testing.assert_close(model.move(x, 1, 0, 1, y, guidance=0), plain)
     torch.testing.assert_close(
-        model.ode(x, 1, 0, 1, y, guidance=3), plain + 3 * (label - plain), rtol=1e-4, atol=1e-4
+        model.move(x, 1, 0, 1, y, guidance=3), plain + 3 * (label - plain), rtol=1e-4, atol=1e-4
     )
     assert (label - plain).abs().max() > 1e-3
 
