@@ -1,26 +1,51 @@
-"""GAN: a generator makes digits out of noise, a discriminator tries to tell them from real ones.
+"""GAN: a generator turns noise into digits; a discriminator learns to tell them from real ones.
 
-    python gan.py --epochs 10      # 8 minutes on 2 CPU cores: all ten digits appear (seed 0)
+    python gan.py --epochs 10
 
-Goodfellow et al. 2014, arXiv:1406.2661; DCGAN: Radford et al. 2015, arXiv:1511.06434; r1: Mescheder
-et al. 2018, arXiv:1801.04406. Departures: layer norm in G, no norm in D; EMA of the weights.
+Goodfellow et al. 2014, arXiv:1406.2661; convolutions: DCGAN, Radford et al. 2015, arXiv:1511.06434;
+the penalty r1: Mescheder et al. 2018, arXiv:1801.04406. Differences from these: layer norm in the
+generator and no norm in the discriminator, in place of batch norm; the weights of the generator
+that are tested are a running average of those in training (EMA).
 
-Idea    The generator G never sees a digit. The discriminator D tells it, by gradients, how to
-        change its pixels to look more real; D itself learns to tell digits from the newest fakes.
-        They take turns. Once even the best D can only guess, fakes are distributed as the data.
-        A sample takes one pass; p(x) remains unknown.
-Maths   z ~ N(0, 1); D(x) is a logit: D takes x for real with probability sigmoid(D(x)).
-            d_loss = E[-log sigmoid(D(x))] + E[-log(1 - sigmoid(D(G(z))))] + gamma / 2 r1
-            g_loss = E[-log sigmoid(D(G(z)))]
-        Why not g_loss = E[log(1 - sigmoid(D(G(z))))], minus D's second term? Its slope is almost 0
-        for a fake that D sees through, just where G has most to learn ("it saturates").
-        r1 = E |dD(x)/dx|^2 keeps D flat around the data. Else D becomes ever steeper between data
-        and fakes, and drives the fakes past the data, back, and past it again.
-Shapes  x (B, 1, 28, 28) in [0, 1] outside, [-1, 1] inside; z (B, z_dim). size: a multiple of 4.
-Units   d_loss, g_loss: nats; d_real, d_fake: mean sigmoid(D) of test digits, of fakes.
-Healthy No loss falls for long: the opponent learns, too. Judge by the samples. If D only guessed,
-        d_loss would be 2 log 2 = 1.386 and g_loss log 2 = 0.693; a good run keeps within 0.15 of
-        both. Where d_loss nears 0, G has lost; where fakes are alike, G has collapsed.
+Idea
+  The generator G takes random numbers z and makes an image of them, a fake. It never sees a digit.
+  The discriminator D sees real digits and fakes, and learns to tell which is which. Then G learns
+  from D: the gradient of D with respect to the fake's pixels says how they should change to look
+  more real, and backpropagation carries that on to G's weights. D and G take turns. If even the
+  best D can do no better than flip a coin, fakes are distributed as the data are.
+  A sample takes one pass, and it is sharp, because any blur would give a fake away.
+  The price: there is no p(x), and nothing that falls when it gets better. It is a game of two
+  players, which may circle for ever, be lost by one of them, or collapse: G may make few kinds of
+  digits well and leave out the others.
+
+Maths
+  z ~ N(0, 1). D(x) is a logit: D's probability that x is real is sigmoid(D(x)).
+      d_loss = E[ -log sigmoid(D(x)) ] + E[ -log(1 - sigmoid(D(G(z)))) ] + gamma / 2 r1
+      g_loss = E[ -log sigmoid(D(G(z))) ]
+  The first two terms of d_loss are the cross-entropy of a classifier of two classes, seen equally
+  often. For a given x they are smallest for sigmoid(D(x)) = p_data(x) / (p_data(x) + p_fake(x)), so
+      D(x) = log( p_data(x) / p_fake(x) ).
+  So the best D measures how the two distributions differ at x. It is 0 everywhere if, and only if,
+  they are equal; and as long as they are not, G can follow D uphill, to where data are more
+  probable than fakes.
+  Why g_loss is not E[ log(1 - sigmoid(D(G(z)))) ], minus D's own term: where D sees through a fake,
+  D is very negative, and the slope of that loss with respect to D, -sigmoid(D), is almost 0 ("it
+  saturates"). The slope of the g_loss above, -(1 - sigmoid(D)), is almost -1 there. G learns most
+  where it is worst.
+  r1 = E |dD(x)/dx|^2 over real x: the penalty keeps D flat around the data. Else D becomes ever
+  steeper between data and fakes, and drives the fakes past the data, back, and past it again.
+  Sampling. z ~ N(0, 1), then x = G(z).
+
+Shapes
+  x (B, 1, 28, 28) in [0, 1] outside, [-1, 1] inside; z (B, z_dim); logits of D (B,). size: a
+  multiple of 4, as G doubles a small image twice.
+
+What to expect
+  d_loss, with the penalty, and g_loss are in nats; d_real and d_fake
+  are the mean of sigmoid(D) over test digits and over fakes. No loss falls for long, as the
+  opponent learns, too: judge by the samples. If D could only guess, d_loss would be 2 log 2 = 1.386
+  and g_loss log 2 = 0.693; a good run stays near both. Where d_loss nears 0, G has lost; where
+  fakes look alike, G has collapsed.
 """
 
 import argparse

@@ -1,23 +1,65 @@
-"""Gated PixelCNN: one stack of convolutions looks up, one looks left, and no blind spot.
+"""Gated PixelCNN: one stack of convolutions for the rows above, one for the row, and no blind spot.
 
-    python gatedcnn.py --epochs 2      # 8 minutes on 2 CPU cores: test nll 83.56 nats (seed 0)
+    python gatedcnn.py --epochs 2
 
-Van den Oord et al. 2016, arXiv:1606.05328; the sampler: Ramachandran et al. 2017, arXiv:1704.06001.
-Departures: a shift of the input instead of masks, embeddings of row and column, EMA.
+Van den Oord et al. 2016, arXiv:1606.05328; fast sampling: Ramachandran et al. 2017,
+arXiv:1704.06001. Differences from the paper: the image is shifted once instead of masking kernels;
+each layer also feeds the output directly (skip, as in WaveNet); labels enter before the first
+layer, not in each gate; embeddings of row and column; pixels drawn anew in each epoch (see Shapes);
+matrices trained by Muon (see the train section); the weights that are tested are a running average
+of those in training (EMA).
 
-Idea    A convolution sees all around a pixel, but a guess must rest on the pixels before it alone:
-        v looks up, h looks left, and v tells h. Training makes all 784 guesses in one pass;
-        sampling takes 784 steps, which cost one pass: v runs once a row, and h once a pixel.
-Maths   log p(x) = sum_i log p(x_i | x_<i),  p(x_i = 1 | x_<i) = sigmoid(logits_i): exact, no bound
-            v v v v v     v reads the image moved down a row: at X, it knows rows above alone, so
-            h h X         its kernels need no mask. h reads it moved right: it knows what is left.
-        No blind spot, unlike pixelcnn.py: X is guessed from all of #, 12 rows up and 11 pixels
-            # # # # # # # # # # # # # #     aside. v widens in each layer, but moves down only
-            # # # # # X                     once: moved in each, it could go right only going up.
-Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
-        drawn anew each time; v, h (B, 28, 28, channels), channels last for the linear layers.
-Units   nll: nats/image, sum over pixels, mean over images; bpd = nll / (784 log 2): bits a pixel.
-Healthy Knowing nothing costs 543 nats; one epoch brings the nll to 84.6, two to 83.6.
+Idea
+  Like PixelCNN (read pixelcnn.py first), this predicts each pixel from those before it, row by row,
+  by convolutions that must not see the pixel itself nor any later one. PixelCNN has a blind spot to
+  the upper right, because one masked convolution does two jobs: the rows above, where it may look
+  to both sides, and its own row, where it may look to the left only.
+  Here each job has a stack of its own. The vertical stack v reads the rows above, in full width.
+  The horizontal stack h reads the row itself, left of the pixel, and at each layer takes in what v
+  has found out. h makes the predictions. v never takes anything from h, so it never learns of a
+  pixel in the row that is being predicted.
+  The second idea is the gate: a value, tanh in (-1, 1), is multiplied by a gate, sigmoid in (0, 1),
+  each computed from the same input. So a layer can pass, weaken or block each channel, depending on
+  what it sees, where a ReLU just cuts off at zero.
+
+Maths
+      p(x) = p(x_0) p(x_1 | x_0) p(x_2 | x_0, x_1) ... = prod_i p(x_i | x_<i)    (the chain rule)
+      p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
+  x_<i: the pixels before pixel i. The loss is nll = -log p(x) = -sum_i log p(x_i | x_<i): exact.
+      gated unit:     tanh(value) * sigmoid(gate)
+      vertical:       v <- gated(conv_v(v))
+      horizontal:     h <- h + out(mix),  mix = gated(conv_h(h) + v_to_h(conv_v(v)))
+      prediction:     logits = head(h + sum of skip(mix) over the layers)
+  A shift instead of masks. Before the first layer, v is given the image moved down by one row: its
+  vector at X then knows the row above X and those above that one. Its kernels, (pad + 1) x k, reach
+  to both sides and up, and from then on may include their own row: v at X goes on knowing rows
+  above X only. h is given the image moved to the right by one pixel, and its kernels, 1 x (pad +
+  1), reach to the left and include their own place.
+        v v v v v      What the kernels of a layer with k = 5 cover: v's, 3 rows, end in the row
+        v v v v v      above X, as its image was moved down; h's end left of X, as its image was
+        v v v v v      moved to the right.
+      h h h X
+  No blind spot: layers of v widen the view to both sides without moving down, as moving down
+  happened once, at the start. So X is predicted from all of #: 12 rows up, and 11 pixels to either
+  side in each.
+      # # # # # # # # # # # # # #
+      # # # # # # # # # # # # # #
+      # # # # # X
+  Sampling. v is computed once for each row, as soon as the rows above are drawn; h once for each
+  pixel. Caches keep what later steps read, so 784 steps do the work of a single pass.
+  A pixel is drawn with its probability, not rounded: rounding, the likeliest choice each time, soon
+  gives an empty image.
+
+Shapes
+  x (B, 1, 28, 28) in [0, 1] outside; {0, 1} inside: a pixel of grey level 0.7 becomes 1 with
+  probability 0.7, drawn anew each time an image is used (dynamic binarisation). v, h (B, 28, 28,
+  channels): two vectors for each pixel, channels last, as the linear layers need them.
+
+What to expect
+  nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
+  same in bits per pixel. Coin flips for all pixels cost 784 log 2 = 543; knowing how often each
+  pixel is white, 206. A prediction that sees its own pixel, because of a wrong mask or shift, shows
+  by an nll near 0.
 """
 
 import argparse

@@ -1,24 +1,59 @@
-"""PixelCNN: guess each pixel from a window of those before it, with masked convolutions.
+"""PixelCNN: convolutions predict each pixel from the pixels before it; a mask hides the others.
 
-    python pixelcnn.py --epochs 3      # 8 minutes on 2 CPU cores: test nll 84.03 nats (seed 0)
+    python pixelcnn.py --epochs 3
 
-Van den Oord et al. 2016, arXiv:1601.06759; the sampler: Ramachandran et al. 2017, arXiv:1704.06001.
-Departures: kernels without rows below the centre, embeddings of row and column, EMA.
+Van den Oord et al. 2016, arXiv:1601.06759; fast sampling: Ramachandran et al. 2017,
+arXiv:1704.06001. Differences from the paper: masked 5 x 5 convolutions where it has 3 x 3, without
+the rows below the centre, which would be all zeros; embeddings of row and column; labels; pixels
+drawn anew in each epoch (see Shapes); matrices trained by Muon (see the train section); the weights
+that are tested are a running average of those in training (EMA).
 
-Idea    A convolution sees all around a pixel, but a guess must rest on the pixels before it alone:
-        a mask hides the others. Training makes all 784 guesses in one pass; sampling takes 784
-        steps, which cost one pass: one place a layer, from the patch around it, kept for later.
-Maths   log p(x) = sum_i log p(x_i | x_<i),  p(x_i = 1 | x_<i) = sigmoid(logits_i): exact, no bound
-            1 1 1     The mask of a 3 x 3 kernel. A: no guess may see its own pixel, so in the first
-            1 m 0     layer m is 0. B: later layers see features made of earlier pixels: m is 1.
-        Blind spot: only a step up can go right. X is guessed from #, never from a dot. In the row
-            # # # # # # # # # # # . . .     a above X, the last # is 2 a + 1 to the right: 3 from
-            # # # # # # # # # . . . . .     the 7 x 7 kernel of the first layer, 2 from each
-            # # # # # X                     5 x 5; 15 at most, as to all sides. See gatedcnn.py.
-Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
-        drawn anew each time; h (B, 28, 28, 2 * channels), channels last for the linear layers.
-Units   nll: nats/image, sum over pixels, mean over images; bpd = nll / (784 log 2): bits a pixel.
-Healthy Knowing nothing costs 543 nats; one epoch brings the nll to 86, three to 84.
+Idea
+  Take an image as a sequence of pixels, row by row, and predict each pixel from those before it
+  (see made.py for why that makes a generative model). What a stroke does next depends mostly on the
+  pixels around it, in the same way everywhere in the image: that is what a convolution computes,
+  with few weights. But an ordinary convolution sees all around a pixel, so a prediction would see
+  its answer and what comes after it. PixelCNN sets the weights for these to zero: the mask.
+  Training knows the whole image and makes all 784 predictions in one pass. Sampling takes 784
+  steps, as pixel i has to be drawn before pixel i + 1 can be predicted.
+  The price: what lies to the upper right of a pixel stays partly out of sight, the blind spot
+  below.
+
+Maths
+      p(x) = p(x_0) p(x_1 | x_0) p(x_2 | x_0, x_1) ... = prod_i p(x_i | x_<i)    (the chain rule)
+      p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
+  x_<i: the pixels before pixel i. The loss is nll = -log p(x) = -sum_i log p(x_i | x_<i): exact.
+  Masks. A kernel is centred on the pixel X that is predicted. Kept are the weights for the rows
+  above and for the left of the row; whether the centre m itself is kept tells two masks apart:
+      1 1 1     A: m = 0, in the first layer. It reads pixels, and pixel X is the answer.
+      1 m 0     B: m = 1, in all others. They read what the layers before have made of earlier
+      0 0 0     pixels; at X, too, that knows nothing of pixel X.
+  Receptive field: the pixels that a prediction depends on. It grows with each layer: here by 3
+  pixels in the first layer (7 x 7) and by 2 in each of the six others (5 x 5), so to 15 pixels on
+  the left, and 15 rows above.
+  Blind spot. Within a row, information moves to the right only. What stands to the right of X, in a
+  row above, must be moved to the left by a layer that also moves it down, by a row or more: 3
+  columns if it is the first layer, 2 if it is another. So in the row above X, all that is further
+  right than 3 columns is out of sight, and in the row that is a rows above, further than 2 a + 1:
+      # # # # # # # # # # # . . .     X is predicted from every #,
+      # # # # # # # # # . . . . .     but from no dot. gatedcnn.py shows
+      # # # # # X                     the way out.
+  Sampling. Step i needs the vectors of pixel i alone, one in each layer, and what its kernel reads
+  around it. The cache keeps what the earlier pixels have put there, so nothing is computed twice,
+  and 784 steps do the work of a single pass.
+  A pixel is drawn with its probability, not rounded: rounding, the likeliest choice each time, soon
+  gives an empty image.
+
+Shapes
+  x (B, 1, 28, 28) in [0, 1] outside; {0, 1} inside: a pixel of grey level 0.7 becomes 1 with
+  probability 0.7, drawn anew each time an image is used (dynamic binarisation). h (B, 28, 28, 2 *
+  channels): a vector for each pixel, channels last, as the linear layers need them.
+
+What to expect
+  nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
+  same in bits per pixel. Coin flips for all pixels cost 784 log 2 = 543; knowing how often each
+  pixel is white, 206. A prediction that sees its own pixel, because of a wrong mask or shift, shows
+  by an nll near 0.
 """
 
 import argparse

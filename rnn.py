@@ -1,25 +1,58 @@
-"""PixelRNN: an LSTM reads an image pixel by pixel and guesses the next one.
+"""PixelRNN: an LSTM reads an image pixel by pixel and predicts the next one from its memory.
 
-    python rnn.py --epochs 1      # 12 minutes on 2 CPU cores: test nll 84.27 nats (seed 0)
+    python rnn.py --epochs 1
 
-Van den Oord et al. 2016, arXiv:1601.06759; LSTM: Hochreiter and Schmidhuber 1997. Departures: an
-LSTM along the raster order instead of one by rows or diagonals, layer norms, embeddings of row and
-column, EMA of the weights, and a convolution at the input that shows the rows above.
+Van den Oord et al. 2016, arXiv:1601.06759; LSTM: Hochreiter and Schmidhuber 1997; its forget gate:
+Gers, Schmidhuber and Cummins 2000. Differences from the paper: an LSTM along the pixels in raster
+order, where the paper has LSTMs that process a whole row or diagonal at once; layer norms;
+embeddings of row and column; a convolution at the input that shows the three rows above; pixels
+drawn anew in each epoch (see Shapes); matrices trained by Muon (see the train section); the weights
+that are tested are a running average of those in training (EMA).
 
-Idea    Read the pixels row by row, and keep notes of fixed size on all that was seen: c; h is the
-        part of c that matters now. From h guess the next pixel; even one pass goes pixel by pixel.
-        Training knows the image and makes 784 guesses in one pass; sampling takes 784 steps.
-Maths   log p(x) = sum_i log p(x_i | x_<i),  p(x_i = 1 | x_<i) = sigmoid(logits_i): exact, no bound
-            c_i = f c_{i-1} + u g,  h_i = o tanh(c_i)
-        Gates f (keep), u (write), o (show) in (0, 1) and the note g in (-1, 1) are functions of
-        h_{i-1} and token i. Where f is 1, the gradient along c passes unchanged.
-        Token i is made of the pixels before i alone (the stem ends at i - 1).
-        The pixel above is 28 steps back, too far to rely on memory: the stem shows it.
-        Draw x_i, do not round it: the likeliest pixel each time soon makes an empty image.
-Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
-        drawn anew each time; tokens, and what each layer makes of them, (B, 784, n_embd).
-Units   nll: nats/image, sum over pixels, mean over images; bpd = nll / (784 log 2): bits a pixel.
-Healthy Knowing nothing costs 543 nats; one epoch brings the nll to 84.
+Idea
+  Take an image as a sequence of pixels, row by row, and predict each pixel from those before it
+  (see made.py for why that makes a generative model). A recurrent network reads the sequence as we
+  read a text: at each step it updates a memory of fixed size, and predicts from it. So the cost of
+  a step does not depend on how much came before, and there is no limit to how far back the memory
+  can reach. The difficulty is to keep something in memory for hundreds of steps. In a plain
+  recurrent network, the gradient of a late prediction is multiplied by a matrix for each step on
+  its way back, and so vanishes or explodes. The LSTM's memory c is changed by addition instead,
+  under control of gates. The pixel above is the best hint there is, but it was read 28 steps ago.
+  So the input of each step shows the last three rows as well, and the memory is left with what lies
+  further back. The price: step i needs the memory after step i - 1, so even training goes pixel by
+  pixel, though it knows the whole image, where the other models predict all 784 pixels in parallel.
+
+Maths
+      p(x) = p(x_0) p(x_1 | x_0) p(x_2 | x_0, x_1) ... = prod_i p(x_i | x_<i)    (the chain rule)
+      p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
+  x_<i: the pixels before pixel i. The loss is nll = -log p(x) = -sum_i log p(x_i | x_<i): exact.
+  Tokens. A token is the vector that a model has for a place in a sequence. Token i is made by the
+  convolution `stem` from the 87 pixels before pixel i, up to i - 1, and of embeddings of its row
+  and its column, which say where in the image it stands.
+  An LSTM has two states, vectors of n_embd numbers: the memory c, and h, what it shows of c. Step
+  i:
+      f, u, o = sigmoid(W (token_i, h_{i-1}) + b)     three gates in (0, 1): keep, write, show
+      g       = tanh(W' (token_i, h_{i-1}) + b')      what to write, in (-1, 1)
+      c_i     = f * c_{i-1} + u * g
+      h_i     = o * tanh(c_i)
+  Along c, dc_i / dc_{i-1} = f (the gates depend on c_{i-1}, too, by way of h, but that path is
+  apart): where the network sets f to 1, a memory and its gradient last without end.
+  Two LSTMs stand one on the other. Each reads the normalised sum of what came below, and adds its h
+  to it (a residual connection); a linear layer makes the logit of the last sum.
+  Sampling. The states after step i are all that step i + 1 needs of the past.
+  A pixel is drawn with its probability, not rounded: rounding, the likeliest choice each time, soon
+  gives an empty image.
+
+Shapes
+  x (B, 1, 28, 28) in [0, 1] outside; {0, 1} inside: a pixel of grey level 0.7 becomes 1 with
+  probability 0.7, drawn anew each time an image is used (dynamic binarisation). tokens, and what
+  each layer makes of them, (B, 784, n_embd); the states h and c (1, B, n_embd).
+
+What to expect
+  nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
+  same in bits per pixel. Coin flips for all pixels cost 784 log 2 = 543; knowing how often each
+  pixel is white, 206. A prediction that sees its own pixel, because of a wrong mask or shift, shows
+  by an nll near 0.
 """
 
 import argparse

@@ -1,23 +1,57 @@
-"""Transformer: every pixel looks back at all earlier ones and picks what helps to guess it.
+"""Transformer: every pixel looks back at all earlier ones and picks what helps to predict it.
 
-    python transformer.py --epochs 1      # 11 minutes on 2 CPU cores: test nll 82.77 nats (seed 0)
+    python transformer.py --epochs 1
 
-Vaswani et al. 2017, arXiv:1706.03762; on pixels: Chen et al. 2020 (Image GPT). Departures: norms
-before the layers and on q and k, squared ReLU, one wide head, a convolution at the input, EMA.
+Vaswani et al. 2017, arXiv:1706.03762; on pixels: Chen et al. 2020 (Image GPT). Differences from the
+paper of 2017: the decoder alone, as in GPT; layer norms before each layer, and on queries and keys;
+squared ReLU; no biases in the blocks; a convolution at the input; learned embeddings of row and
+column; pixels drawn anew in each epoch (see Shapes); matrices trained by Muon (see the train
+section); the weights that are tested are a running average of those in training (EMA).
 
-Idea    An image is a sequence of pixels, row by row. To guess pixel i, compare a question (its
-        query) with what each token up to i offers (its key), and mix what they say (their values).
-        Training knows the image and makes 784 guesses in one pass; sampling takes 784 steps.
-Maths   log p(x) = sum_i log p(x_i | x_<i),  p(x_i = 1 | x_<i) = sigmoid(logits_i): exact, no bound
-            attention_i = sum_{j <= i} w_ij v_j,  w_ij = softmax_j(q_i k_j / sqrt(head size))
-        Token i is made of the pixels before i alone (the stem ends at i - 1).
-        So it may see itself, and no later pixel changes its key or value: sampling keeps both.
-        Draw x_i, do not round it: the likeliest pixel each time soon makes an empty image.
-Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
-        drawn anew each time; tokens (B, 784, n_embd); q, k, v (B, n_head, 784, n_embd / n_head).
-Units   nll: nats/image, sum over pixels, mean over images; bpd = nll / (784 log 2): bits a pixel.
-Healthy Knowing nothing costs 543 nats, knowing how bright each pixel is on average 206; one epoch
-        brings the nll to 83.
+Idea
+  Take an image as a sequence of pixels, row by row, and predict each pixel from those before it
+  (see made.py for why that makes a generative model). The other models fix in advance how far a
+  prediction can see, or squeeze the past into a memory of fixed size. A transformer keeps all of
+  the past, and decides at each pixel where to look, depending on what is in the image: attention.
+  Each place in the sequence has a token, a vector. From it come three more: a query, what the token
+  is looking for; a key, what it has to offer to others; and a value, the information it hands over.
+  A token compares its query with the keys of all earlier tokens, and takes the average of their
+  values, weighted by how well they match.
+  Attention treats the past as a set: in it, no token is near or far. So each token is given
+  embeddings of its row and its column. The convolution `stem` shows each token the three rows
+  above. Training makes all 784 predictions of an image in one pass. Sampling takes 784 steps, as
+  pixel i has to be drawn before pixel i + 1 can be predicted.
+  The price: attention compares each token with each earlier one, 784 x 784 / 2 pairs for one image.
+
+Maths
+      p(x) = p(x_0) p(x_1 | x_0) p(x_2 | x_0, x_1) ... = prod_i p(x_i | x_<i)    (the chain rule)
+      p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
+  x_<i: the pixels before pixel i. The loss is nll = -log p(x) = -sum_i log p(x_i | x_<i): exact.
+  Attention, for queries q, keys k and values v of d numbers each:
+      attention_i = sum_{j <= i} w_ij v_j,   w_ij = softmax_j(q_i k_j / sqrt(d)) over j <= i
+  The softmax makes the weights w_ij positive, with a sum of 1 for each i. q_i k_j is a sum of d
+  products, which for random vectors is about sqrt(d) large; divided by that, the softmax does not
+  start out saturated. With n_head > 1, the vectors are split into several heads that attend
+  independently; here one wide head did best. A block adds to each token, first, what attention has
+  collected; then, what a small network, the MLP, makes of the token alone.
+  Causality. Token i is made of the pixels before pixel i only, so it may attend to itself (j <= i)
+  and still not see its answer. All that it collects comes from tokens up to i, so from pixels up to
+  i - 1.
+  Sampling. A pixel that is drawn later changes nothing about earlier tokens: their keys and values
+  can be kept in a cache. Step i computes token i alone, and compares its query with the kept keys.
+  A pixel is drawn with its probability, not rounded: rounding, the likeliest choice each time, soon
+  gives an empty image.
+
+Shapes
+  x (B, 1, 28, 28) in [0, 1] outside; {0, 1} inside: a pixel of grey level 0.7 becomes 1 with
+  probability 0.7, drawn anew each time an image is used (dynamic binarisation). tokens (B, 784,
+  n_embd); q, k, v (B, n_head, 784, n_embd / n_head).
+
+What to expect
+  nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
+  same in bits per pixel. Coin flips for all pixels cost 784 log 2 = 543; knowing how often each
+  pixel is white, 206. A prediction that sees its own pixel, because of a wrong mask or shift, shows
+  by an nll near 0.
 """
 
 import argparse

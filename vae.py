@@ -1,27 +1,64 @@
-"""VAE: write an image as 32 random numbers, read it back, and so learn a bound on log p(x).
+"""VAE: compress an image into 32 numbers and rebuild it, such that random numbers decode to digits.
 
-    python vae.py --epochs 10      # 4 minutes on 2 CPU cores: test neg_elbo 89.95 nats (seed 0)
+    python vae.py --epochs 10
 
 Kingma and Welling 2013, arXiv:1312.6114; the tighter bound: Burda et al. 2015, arXiv:1509.00519.
-Departures: convolutions around the one hidden layer of either MLP, EMA of the weights.
+Differences from the paper: convolutions before and after the hidden layer of encoder and decoder;
+more latent numbers; pixels drawn anew in each epoch (see Shapes); the convolutions trained by Muon
+(see the train section); the weights that are tested are a running average of those in training
+(EMA).
 
-Idea    An image is made in two steps: a code z of 32 numbers from a fixed Gaussian, then every
-        pixel, given z, by a decoder. p(x) is an integral over all z, but almost every z draws
-        something else than x. So an encoder learns where to look, q(z | x); the
-        further that is from p(z), the higher the price, kl.
-Maths   log p(x) >= E_q[log p(x | z)] - KL(q(z | x) || p(z)) = ELBO = -(recon + kl)
-            q(z | x) = N(mu, sigma^2), p(z) = N(0, 1), p(x | z) = prod_i Bernoulli(logits_i)
-        z = mu + sigma eps leaves the chance to eps ~ N(0, 1): gradients reach mu and sigma. The
-        encoder gives logvar = log sigma^2: any number will do, sigma > 0 needs no clamp.
-        With k draws from q the bound is tighter, and exact in the limit (the method bound):
-            log p(x) >= E log(1/k sum_j p(x, z_j) / q(z_j | x)) = -iwae
-        Sampling: z ~ N(0, 1), then the mean of p(x | z), which coin flips would only speckle.
-Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
-        drawn anew each time; mu, logvar, z (B, z_dim); logits like x. size: a multiple of 4.
-Units   nats/image: sums over the pixels and over z, a mean over the batch alone. Means
-        over both would weigh kl 784 / 32 = 24.5 times too much, and bound nothing.
-Healthy recon falls from 73 nats after one epoch to 63 after ten, kl stays near 27; iwae is then
-        86.3. Reconstructions look better than samples: q uses only a part of what p(z) draws.
+Idea
+  Think of an image as made in two steps. First a code z, 32 random numbers, decides what to draw:
+  which digit, how slanted, how bold. Then a network, the decoder, turns z into an image. z is
+  called latent, as it is never observed, and its fixed distribution p(z), a standard Gaussian, the
+  prior. Training should make real images probable: p(x) is p(x | z), averaged over all z. But for a
+  given x almost every random z draws something quite different, so an average over random z would
+  be hopeless to estimate. So a second network, the encoder, says for each x which z are likely to
+  have made it: a Gaussian q(z | x), narrow compared with the prior. The decoder is then trained on
+  z that matter. That is an autoencoder, with noise on the code and with a price: the encoder pays
+  for every bit by which q(z | x) is more specific than p(z). The price makes it spend its few bits
+  on what matters most, and keeps the codes of all images together near the prior, so that a z drawn
+  from the prior decodes to a digit. A sample takes one pass, and similar z give similar images.
+  What it costs: p(x) is known by a bound only; and, given z, pixels are independent, so whatever z
+  leaves open comes out as a blur.
+
+Maths
+  For any distribution q(z | x), multiply and divide by it:
+      log p(x) = log E_{z ~ q}[ p(x | z) p(z) / q(z | x) ]
+              >= E_{z ~ q}[ log ( p(x | z) p(z) / q(z | x) ) ]          (Jensen's inequality)
+               = E_{z ~ q}[ log p(x | z) ] - KL( q(z | x) || p(z) )  =  ELBO  =  -(recon + kl)
+  The inequality holds because log is concave: the log of a mean is at least the mean of the logs.
+  What it loses is KL( q(z | x) || p(z | x) ): nothing, if the encoder finds the true posterior,
+  which says how probable each z is once x is known. The loss is neg_elbo = recon + kl:
+      recon = -log p(x | z) = -sum_i log p(x_i | z),  p(x_i = 1 | z) = sigmoid(logits_i)
+      kl    = E_q[ log q(z | x) - log p(z) ]
+            = sum over the numbers in z of (mu^2 + sigma^2 - 1 - log sigma^2) / 2
+        for q(z | x) = N(mu, sigma^2), p(z) = N(0, 1)
+  kl measures how much z tells about x: 27 nats are 39 bits.
+  Gradients. z is drawn from q, and no gradient passes through a draw from something that depends on
+  the weights. So draw what does not, and compute z from it (the reparametrisation trick):
+      z = mu + sigma eps,   eps ~ N(0, 1):   dz/dmu = 1,  dz/dsigma = eps.
+  The encoder gives logvar = log sigma^2: any number is allowed, and sigma > 0 by itself. A tighter
+  bound (the method `bound`, for tests only) averages k draws inside of the log:
+      log p(x) >= E[ log( 1/k sum_j p(x, z_j) / q(z_j | x) ) ]  =  -iwae
+  The mean of k draws varies less than a single one, so Jensen's inequality loses less: with k = 1
+  it is the ELBO, and as k grows it tends to log p(x).
+  Sampling. z ~ N(0, 1), decoded to the probabilities of the pixels. These are shown as grey levels:
+  flipping a coin for each pixel would only add speckles.
+
+Shapes
+  x (B, 1, 28, 28) in [0, 1] outside; {0, 1} inside: a pixel of grey level 0.7 becomes 1 with
+  probability 0.7, drawn anew each time an image is used (dynamic binarisation). mu, logvar, z (B,
+  z_dim); logits like x. size: a multiple of 4, as a convolution sees patches of 4 x 4 pixels.
+
+What to expect
+  All figures in nats per image: summed over the pixels and over z, averaged over images only.
+  Averaging over pixels and over z instead is a common mistake: it weighs kl 784 / 32 = 24.5 times
+  too much, the codes carry next to nothing, and all samples look like the average digit. recon
+  falls all the time; kl rises as the code comes into use, then stays. Reconstructions look better
+  than samples: the q(z | x) of all images together do not quite fill the prior, and a z from one of
+  the holes decodes to something between digits.
 """
 
 import argparse

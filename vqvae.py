@@ -1,28 +1,61 @@
-"""VQ-VAE: write an image as 7 x 7 codes out of 64, and learn which codes go together.
+"""VQ-VAE: write an image as 7 x 7 symbols out of 64, and learn which symbols go together.
 
-    python vqvae.py --epochs 10      # 9 minutes on 2 CPU cores: test neg_elbo 94.66 nats (seed 0)
+    python vqvae.py --epochs 10
 
-Van den Oord et al. 2017, arXiv:1711.00937; restarts: Dhariwal et al. 2020, arXiv:2005.00341; rate:
-Chou et al. 1989 (entropy-constrained VQ). Departures: a transformer as the prior, trained in the
-same run; the encoder is charged for unlikely codes and has an offset a place; EMA of the weights.
+Van den Oord et al. 2017, arXiv:1711.00937; restarts of unused codes: Dhariwal et al. 2020,
+arXiv:2005.00341; the charge for unlikely codes: Chou et al. 1989 (entropy-constrained vector
+quantisation). Differences from the paper: a transformer as the prior, not a PixelCNN, and trained
+in the same run; the encoder is charged for unlikely codes; its output is normalised, and has a
+learned offset for each position; pixels drawn anew in each epoch (see Shapes); the transformer's
+matrices trained by Muon (see the train section); the weights that are tested are a running average
+of those in training (EMA).
 
-Idea    A VAE with symbols for numbers: the encoder makes a vector z_e for each of 7 x 7 places, and
-        the nearest of 64 vectors, the codebook, replaces it: z_q. The decoder makes the image from
-        these. Codes at random make scribbles, so a transformer, the prior, learns which are likely.
-        To sample, draw 49 codes from the prior, one by one, and decode them once.
-Maths   log p(x) >= log p(x | codes) + log p(codes) = -(recon + prior) = -neg_elbo, for any codes
-            loss = recon + |sg(z_e) - z_q|^2 + beta |z_e - sg(z_q)|^2 + prior + charge * rate
-        sg stops the gradient: the second term moves the codebook, as k-means would; the third, the
-        commitment, keeps z_e near its code. To choose the nearest has no gradient, so recon hands
-        its gradient at z_q to z_e, as if the two were equal (straight-through). prior trains the
-        transformer only. With recon alone, the encoder would use all it can, 49 log 64 = 204 nats;
-        rate, the mean price of the codes near z_e under the prior, draws z_e to the cheaper ones.
-Shapes  x (B, 1, 28, 28) in [0, 1] outside, {0, 1} inside: 1 with a probability of the grey level,
-        drawn anew each time; z_e, z_q (B, 49, code_dim); codes (B, 49). size: a multiple of 4.
-Units   nats/image: sums over pixels or codes, a mean over images; commit: a squared distance.
-        perplexity: exp(entropy) of the codes in a batch, 64 if all are used alike, 1 if only one.
-Healthy neg_elbo falls to 100 nats in one epoch and to 95 in ten, 52 of them recon; perplexity is
-        near 50 from epoch 2 on (below 10: the codebook has collapsed); commit grows, 36 to 54.
+Idea
+  A VAE (see vae.py) describes an image by 32 real numbers with a fixed distribution. Here it is
+  described by 49 symbols, called codes, each one of 64, and their distribution is learned. It is
+  the way of a language: a small alphabet, and a model of which letters follow which.
+  An encoder turns the image into a vector z_e for each of 7 x 7 positions. The nearest of 64
+  learned vectors, the codebook, replaces it: z_q. A decoder rebuilds the image from the z_q alone.
+  So the codes must keep what matters, and the prior, a transformer over the 49 codes (the block of
+  transformer.py), learns to predict each code from those before it.
+  To sample, draw 49 codes from the prior, one by one, and decode them once: the short sequence
+  takes the place of 784 pixels. Random codes would decode to scribbles.
+  The price: two models to balance, the choice of the nearest vector, which has no gradient, and
+  codes that may fall out of use.
+
+Maths
+  The decoder defines p(x | codes), the prior p(codes). An image could come from any codes:
+      p(x) = sum over all codes of p(x | codes) p(codes)  >=  p(x | codes) p(codes),  for any codes,
+  as all terms of the sum are positive. So with the codes that the encoder chooses
+      log p(x) >= log p(x | codes) + log p(codes) = -(recon + prior) = -neg_elbo.
+  What is minimised, where sg (stop gradient) treats its argument as a constant:
+      loss = recon + |sg(z_e) - z_q|^2 + beta |z_e - sg(z_q)|^2 + prior + rate_weight * rate
+  recon trains the decoder and the encoder. The choice of the nearest vector has no useful gradient,
+  so the gradient of recon with respect to z_q is handed to z_e unchanged (straight-through).
+  |sg(z_e) - z_q|^2 trains the codebook: each code moves towards the mean of the z_e that chose it.
+  |z_e - sg(z_q)|^2, the commitment, trains the encoder to stay near the codes that it chooses.
+  prior = -sum_i log p(codes_i | codes_<i) trains the transformer alone, as no gradient leads from
+  the codes to the encoder.
+  rate fills that gap. Without it, the encoder would use whatever codes rebuild the image best,
+  however hard they are to predict: up to 49 log 64 = 204 nats. Let the choice be soft for a moment:
+  code k is chosen with the probability softmax_k(-|z_e - e_k|^2), where e_k is its vector. Then
+  position i costs the mean of -log p(k | codes_<i) under these probabilities. That has a gradient
+  with respect to z_e, which moves it towards codes that the prior expects.
+  Restarts. A code that is hardly ever the nearest gets no gradient and stays useless. So it is
+  moved to one of the z_e of the batch. At the start all codes are placed in this way.
+  Sampling. 49 steps of the transformer, with a cache of keys and values, then one pass of the
+  decoder.
+
+Shapes
+  x (B, 1, 28, 28) in [0, 1] outside; {0, 1} inside: a pixel of grey level 0.7 becomes 1 with
+  probability 0.7, drawn anew each time an image is used (dynamic binarisation). z_e, z_q (B, 49,
+  code_dim); codes (B, 49), integers. size: a multiple of 4, as a code stands for a patch of 4 x 4.
+
+What to expect
+  recon, prior and neg_elbo in nats per image: summed over pixels or codes, averaged over images.
+  commit: the squared distance |z_e - z_q|^2 of an image. perplexity: how many codes are in use,
+  exp(entropy) of their shares in a batch: 64 if all are used alike, 1 if there is only one. If the
+  perplexity falls below 10, the codebook has collapsed. commit grows slowly.
 """
 
 import argparse
