@@ -2,66 +2,76 @@
 
     python diffusion.py --epochs 10
 
-Ho, Jain and Abbeel 2020 (DDPM), arXiv:2006.11239. Differences from it: time is continuous, an angle
-from 0 to 90 degrees, where DDPM has 1000 steps and a table of betas; the network predicts the
-velocity v (Salimans and Ho 2022, arXiv:2202.00512), and is shown the image that it predicted last
-(self-conditioning: Chen et al. 2022, arXiv:2208.04202); the sampler is a mixture of DDPM's and
-DDIM's (Song et al. 2020, arXiv:2010.02502); labels by guidance (Ho and Salimans 2022,
-arXiv:2207.12598); a U-Net of two resolutions with layer norms; its blocks trained by Muon (see the
-train section).
+Ho, Jain and Abbeel 2020 (DDPM), arXiv:2006.11239. Differences from it: time is continuous, where
+DDPM has 1000 steps, each with its own amount of noise; the network predicts the velocity v
+(Salimans and Ho 2022, arXiv:2202.00512), and is shown the image that it predicted last
+(self-conditioning: Chen et al. 2022, arXiv:2208.04202); a sampler between DDPM's and DDIM's (Song
+et al. 2020, arXiv:2010.02502); guidance by labels (Ho and Salimans 2022, arXiv:2207.12598); a
+smaller U-Net, of two resolutions, with layer norms; the matrices of its blocks trained by Muon (see
+the train section).
 
 Idea
   Mix an image with random noise, more and more, until nothing of the image is left. To undo that at
   once is impossible: for pure noise, the best prediction of the image is the average of all digits,
-  a grey blur. But a small step towards that prediction is no mistake. It removes a little of the
-  noise, and the network can look again: now there is a hint of an image, and the next prediction
-  will be a little sharper. After 50 steps, the hints have become a digit, a different one for each
-  noise. Training needs no steps: mix an image with noise, in a random proportion, and let the
-  network find out in a single pass what is image and what is noise. It is plain regression, with
-  nothing to balance. So images are as sharp and as diverse as a GAN's, without an opponent.
-  The price: a sample takes 50 passes of the network, where a GAN needs one; and this loss is no
-  likelihood.
+  a grey blur. But a small step towards that prediction is safe: most of the noise remains, so it
+  can still be corrected. And the network can look again: now there is a hint of an image, and the
+  next prediction will be a little sharper. After 50 steps, the hints have become a digit, and other
+  noise becomes another digit.
+  Training needs no such steps: mix an image with noise, in a random proportion, and let the network
+  find out what is image and what is noise. It is plain regression, with nothing to balance: no
+  opponent as in a GAN, no code as in a VAE.
+  The price: a sample takes 50 passes of the network, where a GAN needs one; and the loss is no
+  likelihood, so it does not say how probable an image is.
 
 Maths
-  Mixing. Time t runs from 0, the image x0, to 1, the noise eps ~ N(0, 1):
+  Mixing. Time t runs from 0, the image x0, to 1, the noise eps, a number from N(0, 1) for each
+  pixel:
       x_t = cos(a) x0 + sin(a) eps,   a = t pi / 2
   As cos^2 + sin^2 = 1, noise and image trade places without x_t growing. (alpha_bar, in DDPM and in
-  most tutorials, is cos(a)^2.) With rising t, x_t moves on an arc from x0 to eps, with the velocity
+  most tutorials, is cos(a)^2.) As t rises, x_t moves on an arc from x0 to eps, with the velocity
       v = dx_t/da = cos(a) eps - sin(a) x0.
-  Who knows x_t and v knows both parts:
+  x_t and v together determine both parts:
       x0 = cos(a) x_t - sin(a) v,   eps = sin(a) x_t + cos(a) v.
   Learning.
-      loss = E || v(x_t, t) - v ||^2 / 784,   the mean over the pixels, over x0, eps and t
-  Many pairs of x0 and eps give the same x_t. The squared error is smallest if the network predicts
-  the mean of their v: it learns E[v | x_t], and so, by the two equations, E[x0 | x_t] and E[eps |
-  x_t]. Predicting eps itself, as DDPM does, is the same, but teaches nothing at t = 1, where x_t is
-  eps; predicting x0 teaches nothing at t = 0. v is the unknown part at both ends. t = sqrt(u) with
-  u uniform in [0, 1]: large t, where it is decided what the image will show, get more of the
-  training. The score. Given x0, x_t has the density N(cos(a) x0, sin(a)^2), and the gradient of its
-  logarithm is -(x_t - cos(a) x0) / sin(a)^2 = -eps / sin(a). Averaged over the x0 that may have led
-  to x_t, this is
+      loss = E || v_net(x_t, t) - v ||^2 / 784,   the mean over the pixels, over x0, eps and t
+  Many pairs of x0 and eps give the same x_t, each with a v of its own. The squared error is
+  smallest if the network predicts the mean of these: it learns E[v | x_t] at time t, and so, by the
+  two equations, E[x0 | x_t] and E[eps | x_t]. Predicting eps, as DDPM does, would learn the same,
+  but have nothing to learn at t = 1, where x_t is eps; predicting x0, nothing at t = 0. v is the
+  unknown part at both ends. t = sqrt(u) with u uniform in [0, 1]: large t, where the content of the
+  image is decided, get more of the training.
+  Self-conditioning. A step of the sampler predicts x0, and the next step should only have to refine
+  it. So the network has a second input, the x0 predicted last (zeros, if there is none). In
+  training, half of the images get a prediction that the network has just made for them.
+  The score. Given x0, x_t has the density N(cos(a) x0, sin(a)^2), and the gradient of its logarithm
+  is -(x_t - cos(a) x0) / sin(a)^2 = -eps / sin(a). p(x_t) is the mean of these densities over x0.
+  The gradient of its logarithm, (grad p) / p, is the mean of theirs, weighted by p(x0 | x_t):
       grad log p(x_t) = -E[eps | x_t] / sin(a),
   the score: the direction in which images with this much noise become more probable. To predict the
   noise is to know the score.
   Sampling. Start from noise at t = 1. A step from angle a to a smaller angle b splits x into the
   predicted x0 and eps, replaces a part of eps by fresh noise, and mixes again, for angle b:
       x <- cos(b) x0 + sin(b) (keep eps + sqrt(1 - keep^2) noise),   keep = (tan(b) / tan(a))^fresh
+  (x0 is extrapolated to the middle of the step, from this prediction and the last: see move.)
   fresh = 0 is DDIM: the noise at the start decides the image, and small steps follow dx/da = E[v |
-  x]. Why that ends at digits: through a point x pass many arcs, and how much probability flows
-  there depends on their mean velocity only. Points that all follow the mean velocity are, at each
-  t, distributed as the x_t of training are: as noise at t = 1, so as images at t = 0.
+  x].
+  Why that ends at digits: through a point x pass many arcs. The net flow of probability there is
+  the density times the mean of their velocities. So if all points move with that mean, the density
+  at each t remains what it is in training: that of noise at t = 1, and hence that of images at t =
+  0.
   fresh = 1 is DDPM. Fresh noise in each step lets the network correct what went wrong in steps
-  before, but takes more steps, and makes the strokes a little thinner. fresh = 0.25 lies between.
+  before, but needs more steps, and makes strokes a little thinner. fresh = 0.25 lies between.
   Guidance. With labels, sampling follows v(no label) + guidance (v(label) - v(no label)): 0 ignores
   the label, 1 is the model of images with that label, more than 1 exaggerates what the label adds.
 
 Shapes
-  x (B, 1, 28, 28) in [0, 1] outside; x0 in [-1, 1] inside, so that its mean is nearer to that of
-  the noise; x_t, v, eps (B, 1, 28, 28); t (B,) in [0, 1]; y (B,) in 0..9. size: a multiple of 4.
+  x (B, 1, 28, 28) in [0, 1] as given to loss; x0 in [-1, 1], so that its mean square is near that
+  of the noise, 1; x_t, v, eps (B, 1, 28, 28); t (B,) in [0, 1]; y (B,) in 0..9. size: a multiple of
+  4.
 
 What to expect
   loss: the mean squared error of v per pixel. It falls fast at first, then slowly, and stays far
-  above 0, as x_t does not determine v. It is no likelihood and does not rank models.
+  above 0, as x_t does not determine v. It does not tell which of two models draws better.
 """
 
 import argparse
@@ -115,13 +125,13 @@ class Diffusion(nn.Module):
     """A U-Net v(x_t, t, y) over two resolutions, and the process that it undoes.
 
     channels: at 14 x 14, twice as many at 7 x 7; n_inner: residual blocks at 7 x 7; n_embd: numbers
-    in the vector of time and label, even; size: pixels a side; n_classes: number of labels, or 0
+    in the vector of time and label, even; size: pixels per side; n_classes: number of labels, or 0
     """
 
     def __init__(self, *, channels=32, n_inner=4, n_embd=128, size=28, n_classes=10):
         super().__init__()
         if channels < 1 or min(n_inner, n_classes) < 0:
-            raise ValueError("channels must be at least 1, n_inner and n_classes 0")
+            raise ValueError("channels must be at least 1, n_inner and n_classes at least 0")
         if n_embd < 2 or n_embd % 2 != 0:
             raise ValueError("n_embd must be even and at least 2")
         if size < 4 or size % 4 != 0:
@@ -140,7 +150,7 @@ class Diffusion(nn.Module):
         nn.init.zeros_(self.head.weight)  # start near v = 0
 
     def embed(self, x, y):
-        """Vectors (B, D) of labels y (B,), or of "no label" if y is None; x tells B and device."""
+        """A vector for each label in y (B,), or for "no label" if y is None; x supplies B."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
@@ -178,7 +188,7 @@ class Diffusion(nn.Module):
     def loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> mean squared error of v, {"loss": it}."""
         self.check(x, y)
-        if y is not None and self.training:  # hide 1 label in 10: one model with and without them
+        if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         # one random u in each of B equal slices of [0, 1]: less variance than B independent ones
         u = (torch.arange(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
@@ -187,7 +197,8 @@ class Diffusion(nn.Module):
         x0 = 2 * x - 1
         x_t, v = self.diffuse(x0, t, torch.randn_like(x0))
         # Half of the images (every second one, so that their t cover [0, 1], too) also see an x0
-        # that the network itself predicts of them, as in sampling. detach: no gradient goes there.
+        # that the network predicts for them. (detach and not torch.no_grad, under which autocast
+        # would, in older versions of torch, keep weights without gradients for the second pass.)
         x0_last = torch.zeros_like(x0)
         a = t[::2, None, None, None] * math.pi / 2
         v_first = self(x_t[::2], t[::2], None if y is None else y[::2]).detach()
@@ -213,10 +224,10 @@ class Diffusion(nn.Module):
         A step splits x into the x0 and the eps that the network predicts, and mixes these again as
         the next time asks for. A network call a step; two, if labels y (B,) are given.
 
-        fresh:  how much of eps is replaced by fresh noise in each step. 0: none, so that the way
-                from noise to image and back is determined (DDIM); 1: as much as in DDPM
+        fresh:  how much of eps is replaced by fresh noise in each step. 0: none, so that start
+                and end determine each other (DDIM); 1: as much as in DDPM. Only for end < start
         self_cond: show the network the x0 that it predicted last. If not, v depends on x and t
-                alone, and the way back is the way there, reversed
+                alone, so that with fresh = 0 the steps can be undone, nearly
         frames: a list, to which each step appends the new x and the x0 predicted from the old one
         """
         x0_last = None
@@ -230,8 +241,8 @@ class Diffusion(nn.Module):
             eps = math.sin(a) * x + math.cos(a) * v
             x0_middle = x0
             if x0_last is not None and t_next > 0:
-                # x0 as it will be in the middle of the step, if it goes on changing as it did; and
-                # the eps that makes up x with it: two steps' knowledge, errors of O(1 / steps^2)
+                # x0 as it will be in the middle of the step, if it goes on changing as it did, and
+                # the eps that makes up x with it: a second-order method, as it uses two predictions
                 x0_middle = 1.5 * x0 - 0.5 * x0_last
                 eps = (x - math.cos(a) * x0_middle) / math.sin(a)
             if fresh > 0:
@@ -249,7 +260,7 @@ class Diffusion(nn.Module):
 
         guidance, fresh: see the methods guided_v and move
         """
-        weight = self.label.weight  # for its device and dtype, as any other
+        weight = self.label.weight  # for its device and dtype; any would do
         shape = (n, 1, self.size, self.size)
         noise = torch.randn(shape, device=weight.device, dtype=weight.dtype)
         x0 = self.move(noise, 1, 0, steps, y, guidance, fresh)
@@ -282,7 +293,7 @@ class Diffusion(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        To read values makes a GPU wait, so on a GPU it reads those of the first batch only.
+        Reading values means waiting for the GPU, so on a GPU only the first batch's are read.
         """
         shape = (len(x), 1, self.size, self.size)
         if x.shape != shape or len(x) == 0 or not x.is_floating_point():
@@ -322,13 +333,13 @@ def learning_rate(step, total_steps, peak):
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonal updates, for the matrices inside a network (Jordan et al. 2024).
 
-    The gradient of a matrix is mostly made of a few directions. Plain momentum moves the weights
-    along these, and hardly along the others; Muon along all of them equally fast. The weight of a
-    convolution (out, in, h, w) counts as the matrix (out, in h w).
+    The gradient of a matrix is dominated by a few singular directions. Plain momentum moves the
+    weights along these, and hardly along the others; Muon moves them along all at about the same
+    speed. The weight of a convolution (out, in, h, w) counts as the matrix (out, in h w).
     """
 
     def __init__(self, weights):
-        groups = {}  # weights of the same shape are updated together, which takes fewer steps
+        groups = {}  # of weights of the same shape: few large operations instead of many small ones
         for weight in weights:
             groups.setdefault(weight.shape, []).append(weight)
         super().__init__([{"params": group} for group in groups.values()], {"lr": 0.0})
@@ -341,19 +352,21 @@ class Muon(torch.optim.Optimizer):
             state = self.state[weights[0]]
             if not state:
                 state["mean"] = torch.zeros_like(grads)
-            state["mean"].lerp_(grads, 0.05)  # 0.95 mean + 0.05 grads
-            updates = orthogonalise(grads.lerp(state["mean"], 0.95))  # 0.05 grads + 0.95 mean
+            state["mean"].lerp_(grads, 0.05)  # mean <- 0.95 mean + 0.05 grads
+            # Nesterov's momentum: for the update, the newest gradient is mixed in once more
+            updates = orthogonalise(grads.lerp(state["mean"], 0.95))
             for weight, update in zip(weights, updates):
                 weight.sub_(update.reshape(weight.shape), alpha=group["lr"])
 
 
 def orthogonalise(x):
-    """Matrices x (K, M, N), each U S V^T (its singular value decomposition) -> nearly U V^T.
+    """Matrices x (K, M, N), each U S V^T (its singular value decomposition) -> about U V^T, scaled.
 
     The iteration X <- a X + b (X X^T) X + c (X X^T)^2 X leaves U and V as they are, and turns each
     singular value s into a s + b s^3 + c s^5. With the a, b and c below, five of these steps turn
-    any s from 0.002 to 1 into one from 0.68 to 1.2. The result is scaled to a root mean square of
-    0.2, about that of AdamW's updates, so that one learning rate suits both (arXiv:2502.16982).
+    any s from 0.002 to 1 into one from 0.68 to 1.2, which takes far less time than to compute U, S
+    and V. The result is scaled to a root mean square of about 0.2, that of AdamW's updates, so that
+    one learning rate suits both (arXiv:2502.16982).
     """
     scale = 0.2 * max(x.shape[1:]) ** 0.5
     is_tall = x.shape[1] > x.shape[2]
@@ -369,13 +382,14 @@ def orthogonalise(x):
 
 
 def make_optimizers(model):
-    """Muon for the matrices that the model names, and AdamW (weight decay 0.01) for all others.
+    """Muon for the matrices that the model names, AdamW for all other weights.
 
     train_epoch sets the learning rate of both.
     """
     hidden = model.hidden_weights()
     others = [weight for weight in model.parameters() if not any(weight is h for h in hidden)]
-    optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.99), fused=True)]
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizers = [adamw]
     if hidden:
         optimizers.append(Muon(hidden))
     return optimizers
@@ -389,7 +403,7 @@ def train_step(model, optimizers, autocast, x, y):
         loss, _ = model.loss(x, y)
     loss.backward()
     # If the gradient has a norm above 1, scale it down to 1. Where the loss is in nats, a sum over
-    # pixels, the norm is always above 1 (10 to 110), so that every step has a gradient of norm 1.
+    # pixels, the norm is far above 1 (10 to 110), so all steps count equally in the running means.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()

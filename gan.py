@@ -35,6 +35,8 @@ Maths
   r1 = E |dD(x)/dx|^2 over real x: the penalty keeps D flat around the data. Else D becomes ever
   steeper between data and fakes, and drives the fakes past the data, back, and past it again.
   Sampling. z ~ N(0, 1), then x = G(z).
+  Labels. With --class-cond, G adds an embedding of the label to z, and D has a logit for each
+  label, of which it uses that of the label given. It is hidden for one image in ten.
 
 Shapes
   x (B, 1, 28, 28) in [0, 1] outside, [-1, 1] inside; z (B, z_dim); logits of D (B,). size: a
@@ -79,7 +81,7 @@ class Generator(nn.Module):
 
     def forward(self, z, y):
         h = self.stem(z + self.label(y)).view(-1, *self.grid)  # (B, 7, 7, 2 C)
-        for layer in self.mix, self.up, self.head:  # to 7, 14, 28 pixels a side
+        for layer in self.mix, self.up, self.head:  # to 7, 14, 28 pixels per side
             h = F.layer_norm(h, h.shape[-1:]).relu()  # (B, H, W, C): normalise each pixel's C
             h = layer(h.movedim(3, 1)).movedim(1, 3)  # convolve (B, C, H, W)
         return h.movedim(3, 1).tanh()  # (B, 1, 28, 28)
@@ -106,13 +108,15 @@ class GAN(nn.Module):
     """Two players, and what each of them minimises.
 
     channels: maps at 14 x 14 pixels, twice as many at 7 x 7; z_dim: numbers in z; gamma: weight of
-    r1; size: pixels a side; n_classes: number of labels, or 0
+    r1; size: pixels per side; n_classes: number of labels, or 0
     """
 
     def __init__(self, *, channels=32, z_dim=64, gamma=1.0, size=28, n_classes=10):
         super().__init__()
         if min(channels, z_dim) < 1 or n_classes < 0 or not 0 <= gamma < math.inf:
-            raise ValueError("channels and z_dim must be at least 1, gamma and n_classes 0")
+            raise ValueError(
+                "channels and z_dim must be at least 1, gamma and n_classes at least 0"
+            )
         if size < 4 or size % 4 != 0:
             raise ValueError(f"size must be a multiple of 4, not {size}")
         self.size = size
@@ -138,7 +142,7 @@ class GAN(nn.Module):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> the discriminator's loss, metrics."""
         self.check(x, y)
         y = self.labels(len(x), y)
-        if self.training:  # hide 1 label in 10: one model with and without them
+        if self.training:  # hide 1 label in 10, to learn p(x) as well
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         with torch.no_grad():  # it is not the generator's turn
             x_fake = self(y)
@@ -158,7 +162,7 @@ class GAN(nn.Module):
     def g_loss(self, x, y=None):
         """The generator's loss, metrics; of x only the number of images counts, a fake for each."""
         y = self.labels(len(x), y)
-        if self.training:  # hide 1 label in 10: one model with and without them
+        if self.training:  # hide 1 label in 10, to learn p(x) as well
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         loss = F.softplus(-self.discriminator(self(y), y)).mean()
         return loss, {"g_loss": loss.detach()}
@@ -192,7 +196,7 @@ class GAN(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        To read values makes a GPU wait, so on a GPU it reads those of the first batch only.
+        Reading values means waiting for the GPU, so on a GPU only the first batch's are read.
         """
         shape = (len(x), 1, self.size, self.size)
         if x.shape != shape or len(x) == 0 or not x.is_floating_point():

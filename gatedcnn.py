@@ -12,12 +12,13 @@ of those in training (EMA).
 Idea
   Like PixelCNN (read pixelcnn.py first), this predicts each pixel from those before it, row by row,
   by convolutions that must not see the pixel itself nor any later one. PixelCNN has a blind spot to
-  the upper right, because one masked convolution does two jobs: the rows above, where it may look
-  to both sides, and its own row, where it may look to the left only.
-  Here each job has a stack of its own. The vertical stack v reads the rows above, in full width.
+  the upper right: each of its layers looks to the right only in the rows above, so what is far to
+  the right in a near row is never reached. One masked convolution does two jobs there: the rows
+  above, where it may look to both sides, and its own row, where it may look to the left only.
+  Here each job has a stack of its own. The vertical stack v reads the rows above, to both sides.
   The horizontal stack h reads the row itself, left of the pixel, and at each layer takes in what v
-  has found out. h makes the predictions. v never takes anything from h, so it never learns of a
-  pixel in the row that is being predicted.
+  has found out. h makes the predictions. v starts from the image moved down by a row and takes
+  nothing from h, so there is no pixel of the predicted row in it.
   The second idea is the gate: a value, tanh in (-1, 1), is multiplied by a gate, sigmoid in (0, 1),
   each computed from the same input. So a layer can pass, weaken or block each channel, depending on
   what it sees, where a ReLU just cuts off at zero.
@@ -25,41 +26,51 @@ Idea
 Maths
       p(x) = p(x_0) p(x_1 | x_0) p(x_2 | x_0, x_1) ... = prod_i p(x_i | x_<i)    (the chain rule)
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
-  x_<i: the pixels before pixel i. The loss is nll = -log p(x) = -sum_i log p(x_i | x_<i): exact.
-      gated unit:     tanh(value) * sigmoid(gate)
-      vertical:       v <- gated(conv_v(v))
-      horizontal:     h <- h + out(mix),  mix = gated(conv_h(h) + v_to_h(conv_v(v)))
-      prediction:     logits = head(h + sum of skip(mix) over the layers)
-  A shift instead of masks. Before the first layer, v is given the image moved down by one row: its
-  vector at X then knows the row above X and those above that one. Its kernels, (pad + 1) x k, reach
-  to both sides and up, and from then on may include their own row: v at X goes on knowing rows
-  above X only. h is given the image moved to the right by one pixel, and its kernels, 1 x (pad +
-  1), reach to the left and include their own place.
-        v v v v v      What the kernels of a layer with k = 5 cover: v's, 3 rows, end in the row
+  x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
+      nll = -log p(x) = -sum_i log p(x_i | x_<i),
+  exactly; each term is the binary cross-entropy of a pixel. Its mean over the data is smallest for
+  the p that the data come from.
+  A layer, where gated(pair) = tanh(value) * sigmoid(gate), value and gate being the halves of pair:
+      pair = vertical(v)
+      mix = gated(horizontal(h) + v_to_h(pair))
+      v <- gated(pair),   h <- h + out(mix)
+  and in the end logits = head(relu(h + sum of skip(mix) over the layers)).
+  A shift instead of masks. Before the first layer, v is given the image moved down by one row, so
+  that the place X of v holds what stands above X. The kernels of v, (k // 2 + 1) x k, reach to both
+  sides and up, and include their own row: at X, v goes on knowing rows above X only. h is given the
+  image moved to the right by one pixel, and its kernels, 1 x (k // 2 + 1), reach to the left and
+  include their own place.
+        v v v v v      What the kernels for k = 5 cover of the image: v's, 3 rows, end in the row
         v v v v v      above X, as its image was moved down; h's end left of X, as its image was
         v v v v v      moved to the right.
       h h h X
-  No blind spot: layers of v widen the view to both sides without moving down, as moving down
-  happened once, at the start. So X is predicted from all of #: 12 rows up, and 11 pixels to either
-  side in each.
+  No blind spot. A layer of v includes its own row, so each layer extends the view to the sides
+  within the row above X, too. With the default sizes, X is predicted from 4 + 4 * 2 = 12 rows and,
+  in each, from 3 + 4 * 2 = 11 pixels to either side. A part of it:
       # # # # # # # # # # # # # #
       # # # # # # # # # # # # # #
       # # # # # X
   Sampling. v is computed once for each row, as soon as the rows above are drawn; h once for each
-  pixel. Caches keep what later steps read, so 784 steps do the work of a single pass.
-  A pixel is drawn with its probability, not rounded: rounding, the likeliest choice each time, soon
-  gives an empty image.
+  pixel. Caches keep what later steps read, so the 784 steps together take about as much
+  arithmetic as one pass over the image.
+  Each pixel is drawn with its probability: always taking the likelier value, which is mostly black,
+  soon gives an empty image.
+  Labels. With --class-cond, an embedding of the label is added to every vector of v after the first
+  convolution, and hidden for one training image in ten, so that one model learns both p(x | y) and
+  p(x). Sampling may exaggerate what the label adds (guidance):
+      logits <- logits(no label) + guidance (logits(label) - logits(no label)),   guidance >= 1
 
 Shapes
-  x (B, 1, 28, 28) in [0, 1] outside; {0, 1} inside: a pixel of grey level 0.7 becomes 1 with
-  probability 0.7, drawn anew each time an image is used (dynamic binarisation). v, h (B, 28, 28,
-  channels): two vectors for each pixel, channels last, as the linear layers need them.
+  x (B, 1, 28, 28): loss takes grey levels in [0, 1], the network sees binary pixels: a grey level
+  of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
+  binarisation). v, h (B, 28, 28, channels): two vectors for each pixel, channels last, as the
+  linear layers need them.
 
 What to expect
   nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
   same in bits per pixel. Coin flips for all pixels cost 784 log 2 = 543; knowing how often each
-  pixel is white, 206. A prediction that sees its own pixel, because of a wrong mask or shift, shows
-  by an nll near 0.
+  pixel is white, 206. A prediction that sees its own pixel, because of a wrong shift, shows up as
+  an nll near 0.
 """
 
 import argparse
@@ -79,10 +90,10 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------- model
 class GatedBlock(nn.Module):
-    """One layer of the vertical stack v and of the horizontal stack h; h is told of v.
+    """One layer of the vertical stack v and of the horizontal stack h, which receives v's features.
 
-    v looks at its own row and pad = k // 2 rows above, h at its own pixel and pad ones on its left.
-    That leaks nothing: before the first block the image is moved, for v down, for h to the right.
+    v looks at its own row and pad = k // 2 rows above, h at its own pixel and the pad pixels to its
+    left. That leaks nothing: before the first block, the image is moved down for v, right for h.
     """
 
     def __init__(self, channels, k):
@@ -95,7 +106,7 @@ class GatedBlock(nn.Module):
 
     def activate(self, pair):
         """pair (..., 2 C): values and as many gates -> tanh(value) * sigmoid(gate) (..., C)."""
-        value, gate = pair.chunk(2, dim=-1)  # made contiguous, tanh and sigmoid are faster
+        value, gate = pair.chunk(2, dim=-1)  # tanh and sigmoid are faster on contiguous memory
         return value.contiguous().tanh() * gate.contiguous().sigmoid()
 
     def forward_v(self, padded_v):
@@ -116,14 +127,16 @@ class GatedPixelCNN(nn.Module):
     """A vertical and a horizontal stack of gated convolutions over the image.
 
     channels: numbers in a pixel's vector, in either stack; n_layer: blocks; kernel: the width of
-    their convolutions, an odd number of pixels; size: pixels a side; n_classes: number of labels,
+    their convolutions, an odd number of pixels; size: pixels per side; n_classes: number of labels,
     or 0
     """
 
     def __init__(self, *, channels=32, n_layer=4, kernel=5, size=28, n_classes=10):
         super().__init__()
         if min(channels, n_layer) < 1 or size < 2 or n_classes < 0:
-            raise ValueError("channels and n_layer must be at least 1, size 2, and n_classes 0")
+            raise ValueError(
+                "channels, n_layer must be at least 1, size at least 2, n_classes at least 0"
+            )
         if kernel < 3 or kernel % 2 != 1:
             raise ValueError("kernel must be odd and at least 3")
         self.size = size
@@ -140,14 +153,15 @@ class GatedPixelCNN(nn.Module):
         self.blocks = nn.ModuleList(GatedBlock(channels, kernel) for _ in range(n_layer))
 
     def embed(self, x, y):
-        """Vectors (B, D) of labels y (B,), or of "no label" if y is None; x tells B and device."""
+        """A vector for each label in y (B,), or for "no label" if y is None; x supplies B."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
 
     def forward(self, x, y=None):  # x (B, 1, H, W) in {0, 1} -> logits (B, 1, H, W)
         pad = self.kernel // 2
-        # the rows above: padded by 4 above and by -1 below, the image moves down a row
+        # the rows above: 3 rows of zeros on top would keep the image in place, a 4th moves it down
+        # by one, and -1 crops its last row
         v = self.stem_v(F.pad(x, (3, 3, 4, -1))).movedim(1, 3)  # (B, H, W, channels)
         v = v + (self.row + self.col + self.embed(x, y)[:, None, None]).type_as(v)
         # the pixels on the left: the image moves right by one
@@ -203,7 +217,9 @@ class GatedPixelCNN(nn.Module):
         skips = 0
         for b, block in enumerate(self.blocks):
             cache["h"][b][:, :, pad + c] = h[:, :, 0]
-            padded_h = cache["h"][b][:, :, c : c + pad + 1]  # further right is the last row
+            padded_h = cache["h"][b][
+                :, :, c : c + pad + 1
+            ]  # what is further right is of the last row
             change, skip = block.forward_h(padded_h, cache["from_v"][b][:, :, c : c + 1])
             h = h + change  # (B, 1, 1, channels)
             skips = skips + skip
@@ -217,7 +233,7 @@ class GatedPixelCNN(nn.Module):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
         self.check(x, y)
         x = torch.bernoulli(x)
-        if y is not None and self.training:  # hide 1 label in 10: one model with and without them
+        if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         logits = self(x, y)
         # nll = -sum_i log p(x_i | x_<i)
@@ -230,7 +246,7 @@ class GatedPixelCNN(nn.Module):
         """Draw n binary images (n, 1, H, W), each pixel given those before it.
 
         y:        (n,) labels, or None
-        top:      (n, 1, rows, W) in {0, 1}, the first rows, or None to draw these, too
+        top:      (n, 1, rows, W) in {0, 1}, the first rows, or None to draw them as well
         guidance: 0 ignores y, 1 draws from p(x | y), above 1 exaggerates what y adds
         """
         x = self.label.weight.new_zeros(n, 1, self.size, self.size)
@@ -257,8 +273,8 @@ class GatedPixelCNN(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images, of which ten are used -> {name: pictures}:
 
-        sampling    (frames, 20, 1, H, W): 20 images as they are drawn, a frame each half row
-        completion  (60, 1, H, W): ten images, their upper halves, four draws of each rest
+        sampling    (frames, 20, 1, H, W): 20 images as they are drawn, one frame per half row
+        completion  (60, 1, H, W): ten images, their upper halves, four completions
         field       (1, 1, 8 H, 8 W): how much the logit of the middle pixel depends on each pixel;
                     black: not at all
         """
@@ -284,7 +300,7 @@ class GatedPixelCNN(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        To read values makes a GPU wait, so on a GPU it reads those of the first batch only.
+        Reading values means waiting for the GPU, so on a GPU only the first batch's are read.
         """
         shape = (len(x), 1, self.size, self.size)
         if x.shape != shape or len(x) == 0 or not x.is_floating_point():

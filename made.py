@@ -3,32 +3,39 @@
     python made.py --epochs 5
 
 Germain et al. 2015, arXiv:1502.03509. Differences from the paper: residual blocks (Nash and Durkan
-2019, arXiv:1904.05626); one order of the pixels where the paper averages over several; units sorted
-by degrees that are evenly spread, not random; pixels drawn anew in each epoch (see Shapes); the
-weights that are tested are a running average of those in training (EMA).
+2019, arXiv:1904.05626); one order of the pixels where the paper averages over several; hidden units
+sorted, with evenly spread degrees (see Masks) and not random ones; pixels drawn anew in each epoch
+(see Shapes); the weights that are tested are a running average of those in training (EMA).
 
 Idea
-  A generative model of images says how probable any image is, and draws new ones. Both become easy
-  if an image is taken pixel by pixel: predict the first pixel, then the second one given the first,
-  and so on. Such a model is called autoregressive; six of these ten scripts are.
+  A generative model of images draws new ones, and many, like this one, also say how probable a
+  given image is. Both become easy if an image is taken pixel by pixel: predict the first pixel,
+  then the second one given the first, and so on. Such a model is called autoregressive; six of
+  these ten scripts are.
   So we want 784 predictions. A network with 784 inputs and 784 outputs could make them all at once,
   but it would cheat: output i would just copy pixel i. MADE cuts the connections by which output i
-  could learn of pixel i or of any later one. What is left are 784 honest predictions, trained in a
-  single pass: of the six autoregressive models this one trains fastest.
+  could receive information about pixel i or any later one. That leaves 784 honest predictions,
+  trained in a single pass: of the six autoregressive models this one trains fastest.
   The price: fully connected layers do not know which pixels are neighbours, so it takes 8 million
-  weights to do what a convolution does with 100,000. And, as in all six, sampling takes 784 steps,
-  because pixel i has to be drawn before pixel i + 1 can be predicted.
+  weights (half of them masked) where the convolutional networks of pixelcnn.py have 120,000. And,
+  as in all six, sampling takes 784 steps, because pixel i has to be drawn before pixel i + 1 is
+  predicted.
 
 Maths
-  Number the pixels row by row, and call those before pixel i x_<i. For any x, with no
-  approximation,
-      p(x) = p(x_0) p(x_1 | x_0) p(x_2 | x_0, x_1) ... = prod_i p(x_i | x_<i)    (the chain rule)
-  so log p(x) = sum_i log p(x_i | x_<i). Output i is a logit, any number, and gives a probability by
+  Number the pixels row by row, and let x_<i stand for the pixels 0 to i - 1. The chain rule of
+  probability holds for any distribution:
+      p(x) = p(x_0) p(x_1 | x_0) p(x_2 | x_0, x_1) ... = prod_i p(x_i | x_<i)
+  The model's p is defined by its factors. Output i is a logit, any number, and gives a probability
+  by
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i)).
-  The loss is nll = -log p(x), the negative log-likelihood, in nats, which are bits with the natural
-  logarithm. Per pixel it is the binary cross-entropy.
+  The loss is the negative log-likelihood,
+      nll = -log p(x) = -sum_i log p(x_i | x_<i),
+  exactly. For q = sigmoid(logits_i), a term is -log q if x_i = 1 and -log(1 - q) if x_i = 0: the
+  binary cross-entropy of a pixel. The mean of nll over the data is smallest for the p that the data
+  come from.
   Masks. Give each hidden unit a degree m: it may see the pixels 0 to m - 1. Pixel i has degree i +
-  1 as an input, output i has degree i, and one rule masks every layer:
+  1 as an input, output i has degree i (so that it sees earlier pixels only), and one rule masks
+  every layer:
       k may see j if degree j <= degree k.
   For four pixels and three hidden units of degrees 1, 2 and 3, the rule keeps these weights:
                x0 x1 x2 x3                    h1 h2 h3
@@ -36,28 +43,35 @@ Maths
            h2   1  1  .  .            out 1    1  .  .       out 2 sees h1 and h2, and these see
            h3   1  1  1  .            out 2    1  1  .       x0 and x1, but never x2
                                       out 3    1  1  1
-  In general, degrees never fall along a path. It starts at pixel i with degree i + 1 and ends at
-  output k with degree k, so i + 1 <= k: output k sees only pixels before k, however many layers. A
-  residual block, h + f(h), has the same degrees before and after, so unit k of the sum sees what
-  unit k of h sees. Another masked layer, `direct`, leads from the pixels straight to the outputs.
-  The paper draws the degrees at random. Of 783 degrees, 1568 random units miss one in seven, and
-  the output of that degree then learns of the pixel on its left through `direct` alone.
+  In general, degrees never fall along a path. One that leads from pixel i, of degree i + 1, to
+  output k, of degree k, exists only if i + 1 <= k: output k sees pixels before k only, in any
+  number of layers.
+  A residual block, h + f(h) with two masked layers in f, has the same degrees before and after, so
+  unit k of the sum sees what unit k of h sees. Another masked layer, `direct`, leads from the
+  pixels straight to the outputs.
+  The paper draws the degrees at random. Then 1568 units would leave one in seven of the 783 degrees
+  without a unit, and the output of such a degree would hear of the pixel before it by `direct`
+  alone.
   Sampling. Once pixel i - 1 is drawn, the units of degree i are known for good. As they are sorted
-  by degree, they form a slice. So step i computes this slice in each layer, and the 784 steps
-  together do the work of a single pass.
-  A pixel is drawn with its probability, not rounded: rounding, the likeliest choice each time, soon
-  gives an empty image.
+  by degree, they form a slice. So step i computes this slice in each layer and nothing twice, and
+  the 784 steps together take no more arithmetic than one pass.
+  Each pixel is drawn with its probability: always taking the likelier value, which is mostly black,
+  soon gives an empty image.
+  Labels. With --class-cond, the embedding of the label is added to the hidden units, and hidden for
+  one training image in ten, so that one model learns both p(x | y) and p(x). Sampling may
+  exaggerate what the label adds (guidance):
+      logits <- logits(no label) + guidance (logits(label) - logits(no label)),   guidance >= 1
 
 Shapes
-  x (B, 1, 28, 28) in [0, 1] outside; {0, 1} inside: a pixel of grey level 0.7 becomes 1 with
-  probability 0.7, drawn anew each time an image is used (dynamic binarisation). pixels (B, 784),
-  hidden units h (B, hidden), logits (B, 1, 28, 28).
+  x (B, 1, 28, 28): loss takes grey levels in [0, 1], the network sees binary pixels: a grey level
+  of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
+  binarisation). pixels (B, 784), hidden units h (B, hidden), logits (B, 1, 28, 28).
 
 What to expect
   nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
   same in bits per pixel. Coin flips for all pixels cost 784 log 2 = 543; knowing how often each
-  pixel is white, 206. A prediction that sees its own pixel, because of a wrong mask or shift, shows
-  by an nll near 0.
+  pixel is white, 206. A prediction that sees its own pixel, because of a wrong mask, shows up as an
+  nll near 0.
 """
 
 import argparse
@@ -108,14 +122,16 @@ class ResidualBlock(nn.Module):
 class MADE(nn.Module):
     """A masked residual network from all pixels to the logits of all pixels.
 
-    hidden: units of a layer; n_layer: residual blocks; size: pixels a side; n_classes: number
+    hidden: units of a layer; n_layer: residual blocks; size: pixels per side; n_classes: number
     of labels, or 0
     """
 
     def __init__(self, *, hidden=1568, n_layer=1, size=28, n_classes=10):
         super().__init__()
         if hidden < 1 or size < 2 or min(n_layer, n_classes) < 0:
-            raise ValueError("hidden must be at least 1, size 2, n_layer and n_classes 0")
+            raise ValueError(
+                "hidden must be at least 1, size at least 2, n_layer, n_classes at least 0"
+            )
         self.size = size
         self.n_classes = n_classes
         n_pixels = size**2
@@ -131,7 +147,7 @@ class MADE(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(degree) for _ in range(n_layer))
 
     def embed(self, x, y):
-        """Vectors (B, D) of labels y (B,), or of "no label" if y is None; x tells B and device."""
+        """A vector for each label in y (B,), or for "no label" if y is None; x supplies B."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
@@ -178,7 +194,7 @@ class MADE(nn.Module):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
         self.check(x, y)
         x = torch.bernoulli(x)
-        if y is not None and self.training:  # hide 1 label in 10: one model with and without them
+        if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         logits = self(x, y)
         # nll = -sum_i log p(x_i | x_<i)
@@ -191,7 +207,7 @@ class MADE(nn.Module):
         """Draw n binary images (n, 1, H, W), each pixel given those before it.
 
         y:        (n,) labels, or None
-        top:      (n, 1, rows, W) in {0, 1}, the first rows, or None to draw these, too
+        top:      (n, 1, rows, W) in {0, 1}, the first rows, or None to draw them as well
         guidance: 0 ignores y, 1 draws from p(x | y), above 1 exaggerates what y adds
         """
         x = self.label.weight.new_zeros(n, 1, self.size, self.size)
@@ -218,8 +234,8 @@ class MADE(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images, of which ten are used -> {name: pictures}:
 
-        sampling    (frames, 20, 1, H, W): 20 images as they are drawn, a frame each half row
-        completion  (60, 1, H, W): ten images, their upper halves, four draws of each rest
+        sampling    (frames, 20, 1, H, W): 20 images as they are drawn, one frame per half row
+        completion  (60, 1, H, W): ten images, their upper halves, four completions
         """
         x = torch.bernoulli(x[:10])
         half = self.size // 2
@@ -236,7 +252,7 @@ class MADE(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        To read values makes a GPU wait, so on a GPU it reads those of the first batch only.
+        Reading values means waiting for the GPU, so on a GPU only the first batch's are read.
         """
         shape = (len(x), 1, self.size, self.size)
         if x.shape != shape or len(x) == 0 or not x.is_floating_point():

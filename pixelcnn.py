@@ -22,7 +22,10 @@ Idea
 Maths
       p(x) = p(x_0) p(x_1 | x_0) p(x_2 | x_0, x_1) ... = prod_i p(x_i | x_<i)    (the chain rule)
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
-  x_<i: the pixels before pixel i. The loss is nll = -log p(x) = -sum_i log p(x_i | x_<i): exact.
+  x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
+      nll = -log p(x) = -sum_i log p(x_i | x_<i),
+  exactly; each term is the binary cross-entropy of a pixel. Its mean over the data is smallest for
+  the p that the data come from.
   Masks. A kernel is centred on the pixel X that is predicted. Kept are the weights for the rows
   above and for the left of the row; whether the centre m itself is kept tells two masks apart:
       1 1 1     A: m = 0, in the first layer. It reads pixels, and pixel X is the answer.
@@ -40,20 +43,25 @@ Maths
       # # # # # X                     the way out.
   Sampling. Step i needs the vectors of pixel i alone, one in each layer, and what its kernel reads
   around it. The cache keeps what the earlier pixels have put there, so nothing is computed twice,
-  and 784 steps do the work of a single pass.
-  A pixel is drawn with its probability, not rounded: rounding, the likeliest choice each time, soon
-  gives an empty image.
+  and the 784 steps together take about as much arithmetic as one pass over the image.
+  Each pixel is drawn with its probability: always taking the likelier value, which is mostly black,
+  soon gives an empty image.
+  Labels. With --class-cond, an embedding of the label is added to every pixel's vector after the
+  first layer, and hidden for one training image in ten, so that one model learns both p(x | y) and
+  p(x). Sampling may exaggerate what the label adds (guidance):
+      logits <- logits(no label) + guidance (logits(label) - logits(no label)),   guidance >= 1
 
 Shapes
-  x (B, 1, 28, 28) in [0, 1] outside; {0, 1} inside: a pixel of grey level 0.7 becomes 1 with
-  probability 0.7, drawn anew each time an image is used (dynamic binarisation). h (B, 28, 28, 2 *
-  channels): a vector for each pixel, channels last, as the linear layers need them.
+  x (B, 1, 28, 28): loss takes grey levels in [0, 1], the network sees binary pixels: a grey level
+  of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
+  binarisation). h (B, 28, 28, 2 * channels): a vector for each pixel, channels last, as the linear
+  layers need them.
 
 What to expect
   nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
   same in bits per pixel. Coin flips for all pixels cost 784 log 2 = 543; knowing how often each
-  pixel is white, 206. A prediction that sees its own pixel, because of a wrong mask or shift, shows
-  by an nll near 0.
+  pixel is white, 206. A prediction that sees its own pixel, because of a wrong mask, shows up as an
+  nll near 0.
 """
 
 import argparse
@@ -124,13 +132,15 @@ class PixelCNN(nn.Module):
     """A stack of masked convolutions over the image.
 
     channels: half of the numbers in a pixel's vector; n_layer: bottlenecks; kernel: their width, an
-    odd number of pixels; size: pixels a side; n_classes: number of labels, or 0
+    odd number of pixels; size: pixels per side; n_classes: number of labels, or 0
     """
 
     def __init__(self, *, channels=32, n_layer=6, kernel=5, size=28, n_classes=10):
         super().__init__()
         if min(channels, n_layer) < 1 or size < 2 or n_classes < 0:
-            raise ValueError("channels and n_layer must be at least 1, size 2, and n_classes 0")
+            raise ValueError(
+                "channels, n_layer must be at least 1, size at least 2, n_classes at least 0"
+            )
         if kernel < 1 or kernel % 2 != 1:
             raise ValueError("kernel must be odd and at least 1")
         self.size = size
@@ -145,7 +155,7 @@ class PixelCNN(nn.Module):
         self.blocks = nn.ModuleList(Bottleneck(channels, kernel) for _ in range(n_layer))
 
     def embed(self, x, y):
-        """Vectors (B, D) of labels y (B,), or of "no label" if y is None; x tells B and device."""
+        """A vector for each label in y (B,), or for "no label" if y is None; x supplies B."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
@@ -185,7 +195,7 @@ class PixelCNN(nn.Module):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
         self.check(x, y)
         x = torch.bernoulli(x)
-        if y is not None and self.training:  # hide 1 label in 10: one model with and without them
+        if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         logits = self(x, y)
         # nll = -sum_i log p(x_i | x_<i)
@@ -198,7 +208,7 @@ class PixelCNN(nn.Module):
         """Draw n binary images (n, 1, H, W), each pixel given those before it.
 
         y:        (n,) labels, or None
-        top:      (n, 1, rows, W) in {0, 1}, the first rows, or None to draw these, too
+        top:      (n, 1, rows, W) in {0, 1}, the first rows, or None to draw them as well
         guidance: 0 ignores y, 1 draws from p(x | y), above 1 exaggerates what y adds
         """
         x = self.label.weight.new_zeros(n, 1, self.size, self.size)
@@ -225,8 +235,8 @@ class PixelCNN(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images, of which ten are used -> {name: pictures}:
 
-        sampling    (frames, 20, 1, H, W): 20 images as they are drawn, a frame each half row
-        completion  (60, 1, H, W): ten images, their upper halves, four draws of each rest
+        sampling    (frames, 20, 1, H, W): 20 images as they are drawn, one frame per half row
+        completion  (60, 1, H, W): ten images, their upper halves, four completions
         field       (1, 1, 8 H, 8 W): how much the logit of the middle pixel depends on each pixel;
                     black: not at all
         """
@@ -252,7 +262,7 @@ class PixelCNN(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        To read values makes a GPU wait, so on a GPU it reads those of the first batch only.
+        Reading values means waiting for the GPU, so on a GPU only the first batch's are read.
         """
         shape = (len(x), 1, self.size, self.size)
         if x.shape != shape or len(x) == 0 or not x.is_floating_point():

@@ -14,18 +14,22 @@ Idea
   (see made.py for why that makes a generative model). A recurrent network reads the sequence as we
   read a text: at each step it updates a memory of fixed size, and predicts from it. So the cost of
   a step does not depend on how much came before, and there is no limit to how far back the memory
-  can reach. The difficulty is to keep something in memory for hundreds of steps. In a plain
-  recurrent network, the gradient of a late prediction is multiplied by a matrix for each step on
-  its way back, and so vanishes or explodes. The LSTM's memory c is changed by addition instead,
-  under control of gates. The pixel above is the best hint there is, but it was read 28 steps ago.
-  So the input of each step shows the last three rows as well, and the memory is left with what lies
-  further back. The price: step i needs the memory after step i - 1, so even training goes pixel by
-  pixel, though it knows the whole image, where the other models predict all 784 pixels in parallel.
+  can reach.
+  The difficulty is to keep something in memory for hundreds of steps. In a plain recurrent network,
+  the gradient of a late prediction is multiplied by a matrix for each step on its way back, and so
+  vanishes or explodes. The LSTM's memory c is changed by addition instead, under control of gates.
+  The pixel above is the best hint there is, but it was read 28 steps ago. So the input of each step
+  shows the last three rows as well, and the memory is left with what lies further back.
+  The price: step i needs the memory after step i - 1, so even training goes pixel by pixel, though
+  it knows the whole image, where the other models predict all 784 pixels in parallel.
 
 Maths
       p(x) = p(x_0) p(x_1 | x_0) p(x_2 | x_0, x_1) ... = prod_i p(x_i | x_<i)    (the chain rule)
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
-  x_<i: the pixels before pixel i. The loss is nll = -log p(x) = -sum_i log p(x_i | x_<i): exact.
+  x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
+      nll = -log p(x) = -sum_i log p(x_i | x_<i),
+  exactly; each term is the binary cross-entropy of a pixel. Its mean over the data is smallest for
+  the p that the data come from.
   Tokens. A token is the vector that a model has for a place in a sequence. Token i is made by the
   convolution `stem` from the 87 pixels before pixel i, up to i - 1, and of embeddings of its row
   and its column, which say where in the image it stands.
@@ -40,19 +44,24 @@ Maths
   Two LSTMs stand one on the other. Each reads the normalised sum of what came below, and adds its h
   to it (a residual connection); a linear layer makes the logit of the last sum.
   Sampling. The states after step i are all that step i + 1 needs of the past.
-  A pixel is drawn with its probability, not rounded: rounding, the likeliest choice each time, soon
-  gives an empty image.
+  Each pixel is drawn with its probability: always taking the likelier value, which is mostly black,
+  soon gives an empty image.
+  Labels. With --class-cond, an embedding of the label is added to every token, and hidden for one
+  training image in ten, so that one model learns both p(x | y) and p(x). Sampling may exaggerate
+  what the label adds (guidance):
+      logits <- logits(no label) + guidance (logits(label) - logits(no label)),   guidance >= 1
 
 Shapes
-  x (B, 1, 28, 28) in [0, 1] outside; {0, 1} inside: a pixel of grey level 0.7 becomes 1 with
-  probability 0.7, drawn anew each time an image is used (dynamic binarisation). tokens, and what
-  each layer makes of them, (B, 784, n_embd); the states h and c (1, B, n_embd).
+  x (B, 1, 28, 28): loss takes grey levels in [0, 1], the network sees binary pixels: a grey level
+  of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
+  binarisation). tokens, and what each layer makes of them, (B, 784, n_embd); the states h and c (1,
+  B, n_embd).
 
 What to expect
   nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
   same in bits per pixel. Coin flips for all pixels cost 784 log 2 = 543; knowing how often each
-  pixel is white, 206. A prediction that sees its own pixel, because of a wrong mask or shift, shows
-  by an nll near 0.
+  pixel is white, 206. A prediction that sees its own pixel, because of a wrong shift, shows up as
+  an nll near 0.
 """
 
 import argparse
@@ -74,14 +83,16 @@ import torch.nn.functional as F
 class PixelRNN(nn.Module):
     """A stack of LSTMs over the pixels in raster order.
 
-    n_embd: numbers in h and in c; n_layer: LSTMs; size: pixels a side; n_classes: number of labels,
-    or 0
+    n_embd: numbers in h and in c; n_layer: LSTMs; size: pixels per side; n_classes: number of
+    labels, or 0
     """
 
     def __init__(self, *, n_embd=128, n_layer=2, size=28, n_classes=10):
         super().__init__()
         if min(n_embd, n_layer) < 1 or size < 2 or n_classes < 0:
-            raise ValueError("n_embd and n_layer must be at least 1, size 2, and n_classes 0")
+            raise ValueError(
+                "n_embd, n_layer must be at least 1, size at least 2, n_classes at least 0"
+            )
         self.size = size
         self.n_classes = n_classes
         self.context = 3 * size + 3  # pixels: back to the one three rows up and three to the left
@@ -95,7 +106,7 @@ class PixelRNN(nn.Module):
         self.head = nn.Linear(n_embd, 1)
 
     def embed(self, x, y):
-        """Vectors (B, D) of labels y (B,), or of "no label" if y is None; x tells B and device."""
+        """A vector for each label in y (B,), or for "no label" if y is None; x supplies B."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
@@ -143,7 +154,7 @@ class PixelRNN(nn.Module):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
         self.check(x, y)
         x = torch.bernoulli(x)
-        if y is not None and self.training:  # hide 1 label in 10: one model with and without them
+        if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         logits = self(x, y)
         # nll = -sum_i log p(x_i | x_<i)
@@ -156,7 +167,7 @@ class PixelRNN(nn.Module):
         """Draw n binary images (n, 1, H, W), each pixel given those before it.
 
         y:        (n,) labels, or None
-        top:      (n, 1, rows, W) in {0, 1}, the first rows, or None to draw these, too
+        top:      (n, 1, rows, W) in {0, 1}, the first rows, or None to draw them as well
         guidance: 0 ignores y, 1 draws from p(x | y), above 1 exaggerates what y adds
         """
         x = self.label.weight.new_zeros(n, 1, self.size, self.size)
@@ -183,8 +194,8 @@ class PixelRNN(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images, of which ten are used -> {name: pictures}:
 
-        sampling    (frames, 20, 1, H, W): 20 images as they are drawn, a frame each half row
-        completion  (60, 1, H, W): ten images, their upper halves, four draws of each rest
+        sampling    (frames, 20, 1, H, W): 20 images as they are drawn, one frame per half row
+        completion  (60, 1, H, W): ten images, their upper halves, four completions
         """
         x = torch.bernoulli(x[:10])
         half = self.size // 2
@@ -201,7 +212,7 @@ class PixelRNN(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        To read values makes a GPU wait, so on a GPU it reads those of the first batch only.
+        Reading values means waiting for the GPU, so on a GPU only the first batch's are read.
         """
         shape = (len(x), 1, self.size, self.size)
         if x.shape != shape or len(x) == 0 or not x.is_floating_point():

@@ -3,55 +3,67 @@
     python transformer.py --epochs 1
 
 Vaswani et al. 2017, arXiv:1706.03762; on pixels: Chen et al. 2020 (Image GPT). Differences from the
-paper of 2017: the decoder alone, as in GPT; layer norms before each layer, and on queries and keys;
-squared ReLU; no biases in the blocks; a convolution at the input; learned embeddings of row and
-column; pixels drawn anew in each epoch (see Shapes); matrices trained by Muon (see the train
-section); the weights that are tested are a running average of those in training (EMA).
+2017 paper: decoder only, as in GPT; layer norms, without weights, before each layer and on queries
+and keys; squared ReLU; no biases in the blocks, no dropout; a convolution at the input; learned
+embeddings of row and column; matrices trained by Muon (see the train section); the weights that are
+tested are a running average of those in training (EMA).
 
 Idea
   Take an image as a sequence of pixels, row by row, and predict each pixel from those before it
-  (see made.py for why that makes a generative model). The other models fix in advance how far a
-  prediction can see, or squeeze the past into a memory of fixed size. A transformer keeps all of
-  the past, and decides at each pixel where to look, depending on what is in the image: attention.
-  Each place in the sequence has a token, a vector. From it come three more: a query, what the token
-  is looking for; a key, what it has to offer to others; and a value, the information it hands over.
-  A token compares its query with the keys of all earlier tokens, and takes the average of their
-  values, weighted by how well they match.
+  (see made.py for why that makes a generative model). made.py, wavenet.py and the convolutions fix
+  in advance how a prediction uses the past, and rnn.py squeezes the past into a memory of fixed
+  size. A transformer keeps all of it, and decides at each pixel where to look, depending on what is
+  in the image: attention. Each place in the sequence has a token, a vector; token i is made from
+  the pixels before pixel i, and becomes the prediction of pixel i. Three linear maps turn it into a
+  query, what the token is looking for; a key, what it has to offer to others; and a value, the
+  information that it hands over. A token compares its query with its own key and those of all
+  tokens before it, and takes the average of their values, weighted by how well they match.
   Attention treats the past as a set: in it, no token is near or far. So each token is given
-  embeddings of its row and its column. The convolution `stem` shows each token the three rows
-  above. Training makes all 784 predictions of an image in one pass. Sampling takes 784 steps, as
-  pixel i has to be drawn before pixel i + 1 can be predicted.
-  The price: attention compares each token with each earlier one, 784 x 784 / 2 pairs for one image.
+  embeddings of its row and its column, learned vectors. The convolution `stem` makes token i from
+  the last 87 pixels, some three rows; attention brings in what is further back.
+  Training makes all 784 predictions of an image in one pass. Sampling takes 784 steps, as pixel i
+  has to be drawn before pixel i + 1 can be predicted.
+  The price: attention compares each token with each earlier one, 784 x 784 / 2 pairs for each
+  image, layer and head.
 
 Maths
       p(x) = p(x_0) p(x_1 | x_0) p(x_2 | x_0, x_1) ... = prod_i p(x_i | x_<i)    (the chain rule)
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
-  x_<i: the pixels before pixel i. The loss is nll = -log p(x) = -sum_i log p(x_i | x_<i): exact.
+  x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
+      nll = -log p(x) = -sum_i log p(x_i | x_<i),
+  exactly; each term is the binary cross-entropy of a pixel. Its mean over the data is smallest for
+  the p that the data come from.
   Attention, for queries q, keys k and values v of d numbers each:
       attention_i = sum_{j <= i} w_ij v_j,   w_ij = softmax_j(q_i k_j / sqrt(d)) over j <= i
-  The softmax makes the weights w_ij positive, with a sum of 1 for each i. q_i k_j is a sum of d
-  products, which for random vectors is about sqrt(d) large; divided by that, the softmax does not
-  start out saturated. With n_head > 1, the vectors are split into several heads that attend
-  independently; here one wide head did best. A block adds to each token, first, what attention has
-  collected; then, what a small network, the MLP, makes of the token alone.
+  The softmax makes the weights w_ij positive, with a sum of 1 for each i. Layer
+  norm gives q and k a length of sqrt(d), and for random directions q_i k_j is then of order
+  sqrt(d). Without the division, the softmax would start out with all the weight on one j, and
+  hardly learn.
+  With n_head > 1, the vectors are split into several heads, of d = n_embd / n_head numbers each,
+  that attend independently. A block adds to each token, first, what attention has collected; then,
+  what a small network, the MLP, makes of the token alone.
   Causality. Token i is made of the pixels before pixel i only, so it may attend to itself (j <= i)
-  and still not see its answer. All that it collects comes from tokens up to i, so from pixels up to
+  and still not see its answer: all that it collects comes from tokens up to i, so from pixels up to
   i - 1.
   Sampling. A pixel that is drawn later changes nothing about earlier tokens: their keys and values
   can be kept in a cache. Step i computes token i alone, and compares its query with the kept keys.
-  A pixel is drawn with its probability, not rounded: rounding, the likeliest choice each time, soon
-  gives an empty image.
+  Each pixel is drawn with its probability: always taking the likelier value, which is mostly black,
+  soon gives an empty image.
+  Labels. With --class-cond, an embedding of the label is added to every token, and hidden for one
+  training image in ten, so that one model learns both p(x | y) and p(x). Sampling may exaggerate
+  what the label adds (guidance):
+      logits <- logits(no label) + guidance (logits(label) - logits(no label)),   guidance >= 1
 
 Shapes
-  x (B, 1, 28, 28) in [0, 1] outside; {0, 1} inside: a pixel of grey level 0.7 becomes 1 with
-  probability 0.7, drawn anew each time an image is used (dynamic binarisation). tokens (B, 784,
-  n_embd); q, k, v (B, n_head, 784, n_embd / n_head).
+  x (B, 1, 28, 28): loss takes grey levels in [0, 1], the network sees binary pixels: a grey level
+  of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
+  binarisation). tokens (B, 784, n_embd); q, k, v (B, n_head, 784, n_embd / n_head).
 
 What to expect
   nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
   same in bits per pixel. Coin flips for all pixels cost 784 log 2 = 543; knowing how often each
-  pixel is white, 206. A prediction that sees its own pixel, because of a wrong mask or shift, shows
-  by an nll near 0.
+  pixel is white, 206. A prediction that sees its own pixel, because of a wrong shift, shows up as
+  an nll near 0.
 """
 
 import argparse
@@ -108,13 +120,13 @@ class PixelTransformer(nn.Module):
     """Causal self-attention over the pixels in raster order.
 
     n_embd: numbers in a token; n_head: heads, each of n_embd / n_head of them; n_layer: blocks;
-    size: pixels a side; n_classes: number of labels, or 0
+    size: pixels per side; n_classes: number of labels, or 0
     """
 
     def __init__(self, *, n_embd=64, n_head=1, n_layer=2, size=28, n_classes=10):
         super().__init__()
         if min(n_embd, n_head, n_layer) < 1 or size < 2 or n_classes < 0:
-            raise ValueError("n_embd, n_head, n_layer must be at least 1, size 2, n_classes 0")
+            raise ValueError("n_embd, n_head, n_layer must be >= 1, size >= 2, n_classes >= 0")
         if n_embd % n_head != 0:
             raise ValueError("n_embd must be a multiple of n_head")
         self.size = size
@@ -131,7 +143,7 @@ class PixelTransformer(nn.Module):
         self.head = nn.Linear(n_embd, 1)
 
     def embed(self, x, y):
-        """Vectors (B, D) of labels y (B,), or of "no label" if y is None; x tells B and device."""
+        """A vector for each label in y (B,), or for "no label" if y is None; x supplies B."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
@@ -177,7 +189,7 @@ class PixelTransformer(nn.Module):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
         self.check(x, y)
         x = torch.bernoulli(x)
-        if y is not None and self.training:  # hide 1 label in 10: one model with and without them
+        if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         logits = self(x, y)
         # nll = -sum_i log p(x_i | x_<i)
@@ -190,7 +202,7 @@ class PixelTransformer(nn.Module):
         """Draw n binary images (n, 1, H, W), each pixel given those before it.
 
         y:        (n,) labels, or None
-        top:      (n, 1, rows, W) in {0, 1}, the first rows, or None to draw these, too
+        top:      (n, 1, rows, W) in {0, 1}, the first rows, or None to draw them as well
         guidance: 0 ignores y, 1 draws from p(x | y), above 1 exaggerates what y adds
         """
         x = self.label.weight.new_zeros(n, 1, self.size, self.size)
@@ -217,8 +229,8 @@ class PixelTransformer(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images, of which ten are used -> {name: pictures}:
 
-        sampling    (frames, 20, 1, H, W): 20 images as they are drawn, a frame each half row
-        completion  (60, 1, H, W): ten images, their upper halves, four draws of each rest
+        sampling    (frames, 20, 1, H, W): 20 images as they are drawn, one frame per half row
+        completion  (60, 1, H, W): ten images, their upper halves, four completions
         """
         x = torch.bernoulli(x[:10])
         half = self.size // 2
@@ -235,7 +247,7 @@ class PixelTransformer(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        To read values makes a GPU wait, so on a GPU it reads those of the first batch only.
+        Reading values means waiting for the GPU, so on a GPU only the first batch's are read.
         """
         shape = (len(x), 1, self.size, self.size)
         if x.shape != shape or len(x) == 0 or not x.is_floating_point():

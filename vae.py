@@ -1,64 +1,75 @@
-"""VAE: compress an image into 32 numbers and rebuild it, such that random numbers decode to digits.
+"""VAE: compress images into 32 numbers and rebuild them, so that random numbers decode to digits.
 
     python vae.py --epochs 10
 
 Kingma and Welling 2013, arXiv:1312.6114; the tighter bound: Burda et al. 2015, arXiv:1509.00519.
-Differences from the paper: convolutions before and after the hidden layer of encoder and decoder;
-more latent numbers; pixels drawn anew in each epoch (see Shapes); the convolutions trained by Muon
+Differences from the paper: convolutions before the encoder's hidden layer and after the decoder's;
+pixels drawn anew in each epoch (see Shapes); the matrices of the residual blocks trained by Muon
 (see the train section); the weights that are tested are a running average of those in training
 (EMA).
 
 Idea
   Think of an image as made in two steps. First a code z, 32 random numbers, decides what to draw:
-  which digit, how slanted, how bold. Then a network, the decoder, turns z into an image. z is
-  called latent, as it is never observed, and its fixed distribution p(z), a standard Gaussian, the
-  prior. Training should make real images probable: p(x) is p(x | z), averaged over all z. But for a
-  given x almost every random z draws something quite different, so an average over random z would
-  be hopeless to estimate. So a second network, the encoder, says for each x which z are likely to
-  have made it: a Gaussian q(z | x), narrow compared with the prior. The decoder is then trained on
-  z that matter. That is an autoencoder, with noise on the code and with a price: the encoder pays
-  for every bit by which q(z | x) is more specific than p(z). The price makes it spend its few bits
-  on what matters most, and keeps the codes of all images together near the prior, so that a z drawn
-  from the prior decodes to a digit. A sample takes one pass, and similar z give similar images.
+  which digit, how slanted, how bold. Then a network, the decoder, turns z into a probability for
+  each pixel to be white, which defines p(x | z). z is called latent, as it is never observed; its
+  fixed distribution p(z), a standard Gaussian, is called the prior.
+  Training should make real images probable: p(x) is p(x | z), averaged over all z. But for a given
+  x almost every random z draws something quite different, so an average over random z would be
+  hopeless to estimate. So a second network, the encoder, says for each x which z are likely to have
+  made it: a Gaussian q(z | x), narrow compared with the prior. The decoder is then trained on z
+  that matter.
+  That is an autoencoder, with noise on the code and with a price: the encoder pays for every bit by
+  which q(z | x) is more specific than p(z). The price makes it spend bits only where each buys the
+  most in the rebuilt image, and keeps the codes of all images together near the prior, so that a z
+  drawn from the prior decodes to a digit. A sample takes one pass, and similar z give similar
+  images.
   What it costs: p(x) is known by a bound only; and, given z, pixels are independent, so whatever z
   leaves open comes out as a blur.
 
 Maths
-  For any distribution q(z | x), multiply and divide by it:
+  p(x) is the integral of p(x | z) p(z) over z. Multiply and divide by any q(z | x) > 0 in it:
       log p(x) = log E_{z ~ q}[ p(x | z) p(z) / q(z | x) ]
               >= E_{z ~ q}[ log ( p(x | z) p(z) / q(z | x) ) ]          (Jensen's inequality)
                = E_{z ~ q}[ log p(x | z) ] - KL( q(z | x) || p(z) )  =  ELBO  =  -(recon + kl)
+  The ELBO is the evidence lower bound; KL(q || p) = E_q[log q - log p], never negative, says how
+  far q is from p, in nats (natural logarithms; a nat is 1.44 bits).
   The inequality holds because log is concave: the log of a mean is at least the mean of the logs.
   What it loses is KL( q(z | x) || p(z | x) ): nothing, if the encoder finds the true posterior,
   which says how probable each z is once x is known. The loss is neg_elbo = recon + kl:
-      recon = -log p(x | z) = -sum_i log p(x_i | z),  p(x_i = 1 | z) = sigmoid(logits_i)
-      kl    = E_q[ log q(z | x) - log p(z) ]
-            = sum over the numbers in z of (mu^2 + sigma^2 - 1 - log sigma^2) / 2
-        for q(z | x) = N(mu, sigma^2), p(z) = N(0, 1)
-  kl measures how much z tells about x: 27 nats are 39 bits.
-  Gradients. z is drawn from q, and no gradient passes through a draw from something that depends on
-  the weights. So draw what does not, and compute z from it (the reparametrisation trick):
+      recon = -E_q[ sum_i log p(x_i | z) ],  p(x_i = 1 | z) = sigmoid(logits_i);  one draw of z
+      kl    = sum over the numbers in z of (mu^2 + sigma^2 - 1 - log sigma^2) / 2,
+              as for each of them q(z | x) = N(mu, sigma^2) and p(z) = N(0, 1)
+  kl is what the code costs: after training some 27 nats, 39 bits.
+  Gradients. A random draw cannot be differentiated with respect to the mu and sigma that it is
+  drawn with. So draw what does not depend on them, and compute z from it (the reparametrisation
+  trick):
       z = mu + sigma eps,   eps ~ N(0, 1):   dz/dmu = 1,  dz/dsigma = eps.
-  The encoder gives logvar = log sigma^2: any number is allowed, and sigma > 0 by itself. A tighter
-  bound (the method `bound`, for tests only) averages k draws inside of the log:
-      log p(x) >= E[ log( 1/k sum_j p(x, z_j) / q(z_j | x) ) ]  =  -iwae
+  The encoder gives logvar = log sigma^2: any number is allowed, and sigma is positive by itself.
+  A tighter bound, importance-weighted (the method `bound`; bench/compare.py reports it), averages k
+  draws inside the log:
+      log p(x) >= E[ log( 1/k sum_j p(x | z_j) p(z_j) / q(z_j | x) ) ]  =  -iwae
   The mean of k draws varies less than a single one, so Jensen's inequality loses less: with k = 1
   it is the ELBO, and as k grows it tends to log p(x).
   Sampling. z ~ N(0, 1), decoded to the probabilities of the pixels. These are shown as grey levels:
   flipping a coin for each pixel would only add speckles.
+  Labels. With --class-cond, a vector of the label scales and shifts the features in encoder and
+  decoder. It is hidden for one training image in ten, so that one model works with labels and
+  without.
 
 Shapes
-  x (B, 1, 28, 28) in [0, 1] outside; {0, 1} inside: a pixel of grey level 0.7 becomes 1 with
-  probability 0.7, drawn anew each time an image is used (dynamic binarisation). mu, logvar, z (B,
-  z_dim); logits like x. size: a multiple of 4, as a convolution sees patches of 4 x 4 pixels.
+  x (B, 1, 28, 28): loss takes grey levels in [0, 1], the networks see binary pixels: a grey level
+  of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
+  binarisation). mu, logvar, z (B, z_dim); logits like x. size: a multiple of 4, as each patch of 4
+  x 4
+  pixels is folded into 16 channels.
 
 What to expect
-  All figures in nats per image: summed over the pixels and over z, averaged over images only.
+  All figures are in nats per image: summed over the pixels and over z, then averaged over images.
   Averaging over pixels and over z instead is a common mistake: it weighs kl 784 / 32 = 24.5 times
   too much, the codes carry next to nothing, and all samples look like the average digit. recon
-  falls all the time; kl rises as the code comes into use, then stays. Reconstructions look better
-  than samples: the q(z | x) of all images together do not quite fill the prior, and a z from one of
-  the holes decodes to something between digits.
+  keeps falling; kl rises as the code comes into use, then stays.
+  Reconstructions look better than samples: the q(z | x) of all images together do not quite fill
+  the prior, and a z from one of the holes decodes to something between digits.
 """
 
 import argparse
@@ -98,13 +109,13 @@ class VAE(nn.Module):
     """Encoder q(z | x), decoder p(x | z), and the bound that trains both.
 
     channels: of the convolutions; hidden: units between them and z; z_dim: numbers in z; n_embd:
-    numbers in the vector of a label; size: pixels a side; n_classes: number of labels, or 0
+    numbers in the vector of a label; size: pixels per side; n_classes: number of labels, or 0
     """
 
     def __init__(self, *, channels=64, hidden=512, z_dim=32, n_embd=16, size=28, n_classes=10):
         super().__init__()
         if min(channels, hidden, z_dim, n_embd) < 1 or n_classes < 0:
-            raise ValueError("channels, hidden, z_dim, n_embd must be at least 1, n_classes 0")
+            raise ValueError("channels, hidden, z_dim, n_embd must be >= 1, n_classes >= 0")
         if size < 4 or size % 4 != 0:
             raise ValueError(f"size must be a multiple of 4, not {size}")
         self.size = size
@@ -122,7 +133,7 @@ class VAE(nn.Module):
         self.head = nn.Conv2d(channels, 16, 3, padding=1)
 
     def embed(self, x, y):
-        """Vectors (B, D) of labels y (B,), or of "no label" if y is None; x tells B and device."""
+        """A vector for each label in y (B,), or for "no label" if y is None; x supplies B."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
@@ -153,7 +164,7 @@ class VAE(nn.Module):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> what to minimise, -ELBO, and its parts."""
         self.check(x, y)
         x = torch.bernoulli(x)
-        if y is not None and self.training:  # hide 1 label in 10: one model with and without them
+        if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         logits, mu, logvar = self(x, y)
         # recon = -log p(x | z)
@@ -185,7 +196,7 @@ class VAE(nn.Module):
     @torch.no_grad()
     def sample(self, n, y=None):
         """Draw n codes z -> images (n, 1, H, W), the means of p(x | z); y (n,) or None."""
-        weight = self.label.weight  # for its device and dtype, as any other
+        weight = self.label.weight  # for its device and dtype; any would do
         z = torch.randn(n, self.z_dim, device=weight.device, dtype=weight.dtype)
         return self.decode(z, y).sigmoid()
 
@@ -213,7 +224,7 @@ class VAE(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        To read values makes a GPU wait, so on a GPU it reads those of the first batch only.
+        Reading values means waiting for the GPU, so on a GPU only the first batch's are read.
         """
         shape = (len(x), 1, self.size, self.size)
         if x.shape != shape or len(x) == 0 or not x.is_floating_point():

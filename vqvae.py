@@ -1,61 +1,73 @@
-"""VQ-VAE: write an image as 7 x 7 symbols out of 64, and learn which symbols go together.
+"""VQ-VAE: write an image as a grid of 7 x 7 symbols out of 64, and learn which go together.
 
     python vqvae.py --epochs 10
 
 Van den Oord et al. 2017, arXiv:1711.00937; restarts of unused codes: Dhariwal et al. 2020,
-arXiv:2005.00341; the charge for unlikely codes: Chou et al. 1989 (entropy-constrained vector
-quantisation). Differences from the paper: a transformer as the prior, not a PixelCNN, and trained
-in the same run; the encoder is charged for unlikely codes; its output is normalised, and has a
-learned offset for each position; pixels drawn anew in each epoch (see Shapes); the transformer's
-matrices trained by Muon (see the train section); the weights that are tested are a running average
-of those in training (EMA).
+arXiv:2005.00341; the idea of a penalty for unlikely codes: Chou et al. 1989 (entropy-constrained
+vector quantisation). Differences from the paper: a transformer as the prior, not a PixelCNN, and
+trained in the same run; that penalty (rate); a learned offset for each position is added to the
+encoder's output, and the sum normalised; pixels drawn anew in each epoch (see Shapes); the matrices
+of the transformer's blocks trained by Muon (see the train section); the weights that are tested are
+a running average of those in training (EMA).
 
 Idea
-  A VAE (see vae.py) describes an image by 32 real numbers with a fixed distribution. Here it is
-  described by 49 symbols, called codes, each one of 64, and their distribution is learned. It is
-  the way of a language: a small alphabet, and a model of which letters follow which.
-  An encoder turns the image into a vector z_e for each of 7 x 7 positions. The nearest of 64
-  learned vectors, the codebook, replaces it: z_q. A decoder rebuilds the image from the z_q alone.
-  So the codes must keep what matters, and the prior, a transformer over the 49 codes (the block of
-  transformer.py), learns to predict each code from those before it.
-  To sample, draw 49 codes from the prior, one by one, and decode them once: the short sequence
-  takes the place of 784 pixels. Random codes would decode to scribbles.
-  The price: two models to balance, the choice of the nearest vector, which has no gradient, and
-  codes that may fall out of use.
+  A VAE (see vae.py) describes an image by 32 real numbers, and fixes in advance how such codes are
+  distributed: the prior. Here the code is 49 symbols, each one of 64, and the prior is learned.
+  This is how written language works: a small alphabet, and rules of which letters follow which.
+  An encoder turns the image into a vector z_e for each of 7 x 7 positions. Each z_e is replaced by
+  the nearest of 64 learned vectors (together: the codebook). Its number there is the code of the
+  position; the vector itself is called z_q. A decoder rebuilds the image from the z_q alone, so
+  that the codes have to keep what matters. The prior is a transformer (the block of transformer.py)
+  that learns to predict each code from those before it, row by row.
+  To sample, draw 49 codes from the prior, one by one, and decode them once: a short sequence takes
+  the place of 784 pixels. Without the prior, with codes drawn uniformly, the decoder would draw
+  scribbles.
+  The price: codes from which an image is best rebuilt are not those that are easiest to predict, so
+  the two models have to be balanced; the choice of the nearest vector has no gradient; and codes
+  may fall out of use.
 
 Maths
   The decoder defines p(x | codes), the prior p(codes). An image could come from any codes:
       p(x) = sum over all codes of p(x | codes) p(codes)  >=  p(x | codes) p(codes),  for any codes,
   as all terms of the sum are positive. So with the codes that the encoder chooses
-      log p(x) >= log p(x | codes) + log p(codes) = -(recon + prior) = -neg_elbo.
-  What is minimised, where sg (stop gradient) treats its argument as a constant:
+      log p(x) >= log p(x | codes) + log p(codes) = -(recon + prior) = -neg_elbo,
+  where recon = -sum_i log p(x_i | codes), with p(x_i = 1 | codes) = sigmoid(logits_i) for each
+  pixel. What is minimised has three more terms, which are no part of the bound (sg, stop gradient,
+  treats its argument as a constant):
       loss = recon + |sg(z_e) - z_q|^2 + beta |z_e - sg(z_q)|^2 + prior + rate_weight * rate
   recon trains the decoder and the encoder. The choice of the nearest vector has no useful gradient,
   so the gradient of recon with respect to z_q is handed to z_e unchanged (straight-through).
-  |sg(z_e) - z_q|^2 trains the codebook: each code moves towards the mean of the z_e that chose it.
+  |sg(z_e) - z_q|^2 trains the codebook: each vector moves towards the mean of the z_e that chose
+  it.
   |z_e - sg(z_q)|^2, the commitment, trains the encoder to stay near the codes that it chooses.
   prior = -sum_i log p(codes_i | codes_<i) trains the transformer alone, as no gradient leads from
   the codes to the encoder.
-  rate fills that gap. Without it, the encoder would use whatever codes rebuild the image best,
-  however hard they are to predict: up to 49 log 64 = 204 nats. Let the choice be soft for a moment:
-  code k is chosen with the probability softmax_k(-|z_e - e_k|^2), where e_k is its vector. Then
-  position i costs the mean of -log p(k | codes_<i) under these probabilities. That has a gradient
-  with respect to z_e, which moves it towards codes that the prior expects.
-  Restarts. A code that is hardly ever the nearest gets no gradient and stays useless. So it is
-  moved to one of the z_e of the batch. At the start all codes are placed in this way.
+  rate fills that gap in part. Without it, the encoder would use whatever codes rebuild the image
+  best, however hard they are to predict: some 49 log 64 = 204 nats. Imagine that code k, of the
+  vector e_k, were chosen with a probability that falls with its distance. The mean cost of position
+  i would be
+      rate_i = -sum_k softmax_k(-|z_e - e_k|^2) sg(log p(k | codes_<i)),
+  which has a gradient with respect to z_e, and moves it towards codes that the prior expects.
+  Restarts. A code that is never the nearest gets no gradient and stays useless. So one that is
+  hardly ever used is moved to one of the z_e of the batch. At the start all codes are placed in
+  this way.
   Sampling. 49 steps of the transformer, with a cache of keys and values, then one pass of the
   decoder.
+  Labels. With --class-cond, an embedding of the label is added to every token of the transformer,
+  and hidden for one training image in ten. Sampling may exaggerate what it adds to the logits
+  (guidance).
 
 Shapes
-  x (B, 1, 28, 28) in [0, 1] outside; {0, 1} inside: a pixel of grey level 0.7 becomes 1 with
-  probability 0.7, drawn anew each time an image is used (dynamic binarisation). z_e, z_q (B, 49,
-  code_dim); codes (B, 49), integers. size: a multiple of 4, as a code stands for a patch of 4 x 4.
+  x (B, 1, 28, 28): loss takes grey levels in [0, 1], the networks see binary pixels: a grey level
+  of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
+  binarisation). z_e, z_q (B, 49, code_dim); codes (B, 49), integers. size: a multiple of 4, as
+  there is a code for each patch of 4 x 4 pixels.
 
 What to expect
   recon, prior and neg_elbo in nats per image: summed over pixels or codes, averaged over images.
-  commit: the squared distance |z_e - z_q|^2 of an image. perplexity: how many codes are in use,
-  exp(entropy) of their shares in a batch: 64 if all are used alike, 1 if there is only one. If the
-  perplexity falls below 10, the codebook has collapsed. commit grows slowly.
+  commit: the squared distance |z_e - z_q|^2 of an image. perplexity: how many codes are in use, in
+  effect: exp(entropy) of their shares in a batch, 64 if all are used equally often, 1 if only one
+  is. If the perplexity falls below 10, the codebook has collapsed. commit grows slowly.
 """
 
 import argparse
@@ -117,8 +129,8 @@ class VQVAE(nn.Module):
 
     channels: of the convolutions; code_dim: numbers in a code's vector; n_codes: codes in the
     codebook; n_embd, n_head, n_layer: of the transformer (numbers in a token, heads, blocks); beta:
-    weight of commit; rate_weight: weight of rate; size: pixels a side; n_classes: number of labels,
-    or 0
+    weight of commit; rate_weight: weight of rate; size: pixels per side; n_classes: number of
+    labels, or 0
     """
 
     def __init__(
@@ -137,18 +149,18 @@ class VQVAE(nn.Module):
     ):
         super().__init__()
         if min(channels, code_dim, n_embd, n_head) < 1 or n_codes < 2:
-            raise ValueError("channels, code_dim, n_embd, n_head must be at least 1, n_codes 2")
+            raise ValueError("channels, code_dim, n_embd, n_head must be >= 1, n_codes >= 2")
         if min(n_layer, n_classes) < 0 or not (
             0 <= beta < math.inf and 0 <= rate_weight < math.inf
         ):
-            raise ValueError("n_layer, n_classes, beta and rate_weight must be at least 0")
+            raise ValueError("n_layer, n_classes, beta and rate_weight must be finite and >= 0")
         if n_embd % n_head != 0:
             raise ValueError("n_embd must be a multiple of n_head")
         if size < 4 or size % 4 != 0:
             raise ValueError(f"size must be a multiple of 4, not {size}")
         self.size = size
         self.n_classes = n_classes
-        self.side = size // 4  # codes a side
+        self.side = size // 4  # codes per side
         self.n_codes = n_codes
         self.n_embd = n_embd
         self.n_head = n_head
@@ -185,7 +197,7 @@ class VQVAE(nn.Module):
         self.head = nn.Linear(n_embd, n_codes)
 
     def embed(self, x, y):
-        """Vectors (B, D) of labels y (B,), or of "no label" if y is None; x tells B and device."""
+        """A vector for each label in y (B,), or for "no label" if y is None; x supplies B."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
@@ -268,7 +280,7 @@ class VQVAE(nn.Module):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> what to minimise, and its parts."""
         self.check(x, y)
         x = torch.bernoulli(x)
-        if y is not None and self.training:  # hide 1 label in 10: one model with and without them
+        if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         z_e, codes, distance, logits, code_logits = self(x, y)
         # recon = -log p(x | codes)
@@ -295,7 +307,7 @@ class VQVAE(nn.Module):
         """Draw codes from the prior -> n images (n, 1, H, W) of the probabilities they decode to.
 
         y:        (n,) labels, or None
-        top:      (n, h) the first h codes, or None to draw these, too
+        top:      (n, h) the first h codes, or None to draw them as well
         guidance: 0 ignores y, 1 draws from p(codes | y), above 1 exaggerates what y adds
         """
         codes = torch.zeros(n, self.side**2, dtype=torch.int64, device=self.label.weight.device)
@@ -358,7 +370,7 @@ class VQVAE(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        To read values makes a GPU wait, so on a GPU it reads those of the first batch only.
+        Reading values means waiting for the GPU, so on a GPU only the first batch's are read.
         """
         shape = (len(x), 1, self.size, self.size)
         if x.shape != shape or len(x) == 0 or not x.is_floating_point():

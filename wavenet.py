@@ -17,40 +17,48 @@ Idea
   An image has two directions, and the pixel above, 28 steps back, matters as much as the one on the
   left. So here five layers go back by 1, 2, 4, 8 and 16 pixels, then five by as many rows. All
   layers compute all tokens at once, so training makes the 784 predictions of an image in one pass.
-  Sampling takes 784 steps, as pixel i has to be drawn before pixel i + 1 can be predicted. The
-  price: what a layer mixes is fixed, whatever is in the image (a transformer chooses).
+  Sampling takes 784 steps, as pixel i has to be drawn before pixel i + 1 can be predicted.
+  The price: what a layer mixes is fixed, whatever is in the image (a transformer chooses).
 
 Maths
       p(x) = p(x_0) p(x_1 | x_0) p(x_2 | x_0, x_1) ... = prod_i p(x_i | x_<i)    (the chain rule)
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
-  x_<i: the pixels before pixel i. The loss is nll = -log p(x) = -sum_i log p(x_i | x_<i): exact. A
-  layer, with dilation d, is a causal convolution of kernel size 2 with a gate:
+  x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
+      nll = -log p(x) = -sum_i log p(x_i | x_<i),
+  exactly; each term is the binary cross-entropy of a pixel. Its mean over the data is smallest for
+  the p that the data come from.
+  A layer, with dilation d, is a causal convolution of kernel size 2 with a gate:
       value_i, gate_i = mix(h_{i-d}, h_i)
       change_i, skip_i = out(tanh(value_i) * sigmoid(gate_i))
       h_i <- h_i + change_i
   The gate, in (0, 1), passes, weakens or blocks each value, in (-1, 1). The logits are made of the
-  last h plus the sum of the skips: a way for each layer to speak to the output directly. Reach.
-  Pixel j is n = i - 1 - j steps behind the newest pixel that token i sees, and n = 28 r + c with c
-  < 28 and r < 28. In binary, c is a sum of some of 1, 2, 4, 8, 16, and 28 r a sum of some of 28,
-  56, 112, 224, 448. These are the ten dilations, and a path through the layers may use each one or
-  not: so it reaches each of the earlier pixels, in exactly one way. Ten layers of 1, 2, 4, ..., 512
-  would reach them all, too, but 32 or 64 pixels back is a place some columns aside; 28 and 56
+  last h plus the sum of the skips: a way for each layer to speak to the output directly.
+  Reach. Pixel j is n = i - 1 - j steps behind the newest pixel that token i sees, and n = 28 r + c
+  with c < 28 and r < 28. In binary, c is a sum of some of 1, 2, 4, 8, 16, and 28 r a sum of some of
+  28, 56, 112, 224, 448. These are the ten dilations, and a path through the layers may use each one
+  or not: so it reaches each of the earlier pixels, in exactly one way. Ten layers of 1, 2, 4, ...,
+  512 would reach them all, too, but 32 or 64 pixels back is a place some columns aside; 28 and 56
   pixels back is straight above.
   Sampling. In step i, a layer of dilation d needs its own token of step i - d. It keeps the last d
-  tokens in a queue, so nothing is computed twice, and 784 steps do the work of a single pass. A
-  pixel is drawn with its probability, not rounded: rounding, the likeliest choice each time, soon
-  gives an empty image.
+  tokens in a queue, so nothing is computed twice, and the 784 steps together take about as much
+  arithmetic as one pass over the image.
+  Each pixel is drawn with its probability: always taking the likelier value, which is mostly black,
+  soon gives an empty image.
+  Labels. With --class-cond, an embedding of the label is added to every token, and hidden for one
+  training image in ten, so that one model learns both p(x | y) and p(x). Sampling may exaggerate
+  what the label adds (guidance):
+      logits <- logits(no label) + guidance (logits(label) - logits(no label)),   guidance >= 1
 
 Shapes
-  x (B, 1, 28, 28) in [0, 1] outside; {0, 1} inside: a pixel of grey level 0.7 becomes 1 with
-  probability 0.7, drawn anew each time an image is used (dynamic binarisation). tokens h (B, 784,
-  channels); the queue of a layer (dilation, B, channels).
+  x (B, 1, 28, 28): loss takes grey levels in [0, 1], the network sees binary pixels: a grey level
+  of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
+  binarisation). tokens h (B, 784, channels); the queue of a layer (dilation, B, channels).
 
 What to expect
   nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
   same in bits per pixel. Coin flips for all pixels cost 784 log 2 = 543; knowing how often each
-  pixel is white, 206. A prediction that sees its own pixel, because of a wrong mask or shift, shows
-  by an nll near 0.
+  pixel is white, 206. A prediction that sees its own pixel, because of a wrong shift, shows up as
+  an nll near 0.
 """
 
 import argparse
@@ -86,13 +94,13 @@ class GatedLayer(nn.Module):
 class WaveNet(nn.Module):
     """Causal dilated convolutions, of kernel size 2, over the pixels in raster order.
 
-    channels: numbers in a token; size: pixels a side; n_classes: number of labels, or 0
+    channels: numbers in a token; size: pixels per side; n_classes: number of labels, or 0
     """
 
     def __init__(self, *, channels=40, size=28, n_classes=10):
         super().__init__()
         if channels < 1 or size < 2 or n_classes < 0:
-            raise ValueError("channels must be at least 1, size 2, and n_classes 0")
+            raise ValueError("channels must be at least 1, size at least 2, n_classes at least 0")
         self.size = size
         self.n_classes = n_classes
         digits = [2**k for k in range((size - 1).bit_length())]  # 1, 2, 4, 8, 16
@@ -107,7 +115,7 @@ class WaveNet(nn.Module):
         self.head = nn.Sequential(nn.ReLU(), wide, nn.ReLU(), nn.Linear(channels, 1))
 
     def embed(self, x, y):
-        """Vectors (B, D) of labels y (B,), or of "no label" if y is None; x tells B and device."""
+        """A vector for each label in y (B,), or for "no label" if y is None; x supplies B."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
@@ -156,7 +164,7 @@ class WaveNet(nn.Module):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
         self.check(x, y)
         x = torch.bernoulli(x)
-        if y is not None and self.training:  # hide 1 label in 10: one model with and without them
+        if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         logits = self(x, y)
         # nll = -sum_i log p(x_i | x_<i)
@@ -169,7 +177,7 @@ class WaveNet(nn.Module):
         """Draw n binary images (n, 1, H, W), each pixel given those before it.
 
         y:        (n,) labels, or None
-        top:      (n, 1, rows, W) in {0, 1}, the first rows, or None to draw these, too
+        top:      (n, 1, rows, W) in {0, 1}, the first rows, or None to draw them as well
         guidance: 0 ignores y, 1 draws from p(x | y), above 1 exaggerates what y adds
         """
         x = self.label.weight.new_zeros(n, 1, self.size, self.size)
@@ -196,8 +204,8 @@ class WaveNet(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images, of which ten are used -> {name: pictures}:
 
-        sampling    (frames, 20, 1, H, W): 20 images as they are drawn, a frame each half row
-        completion  (60, 1, H, W): ten images, their upper halves, four draws of each rest
+        sampling    (frames, 20, 1, H, W): 20 images as they are drawn, one frame per half row
+        completion  (60, 1, H, W): ten images, their upper halves, four completions
         """
         x = torch.bernoulli(x[:10])
         half = self.size // 2
@@ -214,7 +222,7 @@ class WaveNet(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        To read values makes a GPU wait, so on a GPU it reads those of the first batch only.
+        Reading values means waiting for the GPU, so on a GPU only the first batch's are read.
         """
         shape = (len(x), 1, self.size, self.size)
         if x.shape != shape or len(x) == 0 or not x.is_floating_point():
