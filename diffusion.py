@@ -6,9 +6,9 @@ Ho, Jain and Abbeel 2020 (DDPM), arXiv:2006.11239. Differences from it: time is 
 DDPM has 1000 steps, each with its own amount of noise; the network predicts the velocity v
 (Salimans and Ho 2022, arXiv:2202.00512), and is shown the image that it predicted last
 (self-conditioning: Chen et al. 2022, arXiv:2208.04202); a sampler between DDPM's and DDIM's (Song
-et al. 2020, arXiv:2010.02502); guidance by labels (Ho and Salimans 2022, arXiv:2207.12598); a
-smaller U-Net, of two resolutions, with layer norms; the matrices of its blocks trained by Muon (see
-the train section).
+et al. 2020, arXiv:2010.02502), of second order; guidance by labels (Ho and Salimans 2022,
+arXiv:2207.12598); a smaller U-Net, of two resolutions, with layer norms; the matrices of its blocks
+trained by Muon (see the train section).
 
 Idea
   Mix an image with random noise, more and more, until nothing of the image is left. To undo that at
@@ -42,7 +42,7 @@ Maths
   image is decided, get more of the training.
   Self-conditioning. A step of the sampler predicts x0, and the next step should only have to refine
   it. So the network has a second input, the x0 predicted last (zeros, if there is none). In
-  training, half of the images get a prediction that the network has just made for them.
+  training, half of the images get a prediction that the network makes for them without it.
   The score. Given x0, x_t has the density N(cos(a) x0, sin(a)^2), and the gradient of its logarithm
   is -(x_t - cos(a) x0) / sin(a)^2 = -eps / sin(a). p(x_t) is the mean of these densities over x0.
   The gradient of its logarithm, (grad p) / p, is the mean of theirs, weighted by p(x0 | x_t):
@@ -52,17 +52,22 @@ Maths
   Sampling. Start from noise at t = 1. A step from angle a to a smaller angle b splits x into the
   predicted x0 and eps, replaces a part of eps by fresh noise, and mixes again, for angle b:
       x <- cos(b) x0 + sin(b) (keep eps + sqrt(1 - keep^2) noise),   keep = (tan(b) / tan(a))^fresh
-  (x0 is extrapolated to the middle of the step, from this prediction and the last: see move.)
+  (For x0 it takes the value that is expected in the middle of the step, see move: this is as in
+  DDIM and DDPM, but with fewer steps.)
   fresh = 0 is DDIM: the noise at the start decides the image, and small steps follow dx/da = E[v |
   x].
-  Why that ends at digits: through a point x pass many arcs. The net flow of probability there is
-  the density times the mean of their velocities. So if all points move with that mean, the density
-  at each t remains what it is in training: that of noise at t = 1, and hence that of images at t =
-  0.
-  fresh = 1 is DDPM. Fresh noise in each step lets the network correct what went wrong in steps
-  before, but needs more steps, and makes strokes a little thinner. fresh = 0.25 lies between.
-  Guidance. With labels, sampling follows v(no label) + guidance (v(label) - v(no label)): 0 ignores
-  the label, 1 is the model of images with that label, more than 1 exaggerates what the label adds.
+  Why that ends at digits: many arcs pass through a point x. The density there changes only by what
+  flows in and out, and the flow is the density times the mean of their velocities. So if all points
+  move with that mean, the flow is the same, and so is the density at each t: that of noise at t =
+  1, hence that of images at t = 0.
+  fresh = 1 is DDPM, whose steps draw x from p(x_b | x_a, x0). tan is the ratio of noise to image.
+  Fresh noise washes out errors of the steps before, and the network removes it again; but that
+  takes more steps, and makes strokes a little thinner. fresh = 0.25 lies between. The first step,
+  where tan(a) is infinite, replaces all noise.
+  Guidance. With --class-cond, an embedding of the label is added to that of t, and for one training
+  image in ten that of "no label". Sampling follows v(no label) + guidance (v(label) - v(no label)):
+  0 ignores the label, 1 is the model of images with that label, more than 1 exaggerates what the
+  label adds.
 
 Shapes
   x (B, 1, 28, 28) in [0, 1] as given to loss; x0 in [-1, 1], so that its mean square is near that
@@ -221,11 +226,11 @@ class Diffusion(nn.Module):
     ):
         """Move x (B, 1, H, W) from time start to time end, in equal steps -> x at time end.
 
-        A step splits x into the x0 and the eps that the network predicts, and mixes these again as
-        the next time asks for. A network call a step; two, if labels y (B,) are given.
+        A step splits x into x0 and eps, as the network predicts them, and mixes these again for the
+        next time. A network call a step; two, if labels y (B,) are given.
 
-        fresh:  how much of eps is replaced by fresh noise in each step. 0: none, so that start
-                and end determine each other (DDIM); 1: as much as in DDPM. Only for end < start
+        fresh:  how much of eps is replaced by fresh noise in each step. 0: none, so that the
+                start determines the end (DDIM); 1: as much as in DDPM. Only for end < start
         self_cond: show the network the x0 that it predicted last. If not, v depends on x and t
                 alone, so that with fresh = 0 the steps can be undone, nearly
         frames: a list, to which each step appends the new x and the x0 predicted from the old one

@@ -3,9 +3,9 @@
     python gan.py --epochs 10
 
 Goodfellow et al. 2014, arXiv:1406.2661; convolutions: DCGAN, Radford et al. 2015, arXiv:1511.06434;
-the penalty r1: Mescheder et al. 2018, arXiv:1801.04406. Differences from these: layer norm in the
-generator and no norm in the discriminator, in place of batch norm; the weights of the generator
-that are tested are a running average of those in training (EMA).
+the penalty r1: Mescheder et al. 2018, arXiv:1801.04406. Differences from DCGAN: layer norm in the
+generator and no norm in the discriminator, in place of batch norm; that penalty; the weights that
+are tested, of both networks, are a running average of those in training (EMA).
 
 Idea
   The generator G takes random numbers z and makes an image of them, a fake. It never sees a digit.
@@ -15,39 +15,41 @@ Idea
   best D can do no better than flip a coin, fakes are distributed as the data are.
   A sample takes one pass, and it is sharp, because any blur would give a fake away.
   The price: there is no p(x), and nothing that falls when it gets better. It is a game of two
-  players, which may circle for ever, be lost by one of them, or collapse: G may make few kinds of
-  digits well and leave out the others.
+  players, which may go round in circles, or end with a winner, or collapse: as any fake that fools
+  D will do, G may make few kinds of digits and leave out the others.
 
 Maths
   z ~ N(0, 1). D(x) is a logit: D's probability that x is real is sigmoid(D(x)).
       d_loss = E[ -log sigmoid(D(x)) ] + E[ -log(1 - sigmoid(D(G(z)))) ] + gamma / 2 r1
       g_loss = E[ -log sigmoid(D(G(z))) ]
   The first two terms of d_loss are the cross-entropy of a classifier of two classes, seen equally
-  often. For a given x they are smallest for sigmoid(D(x)) = p_data(x) / (p_data(x) + p_fake(x)), so
+  often. At a given x they are -p_data(x) log s - p_fake(x) log(1 - s), with s = sigmoid(D(x)). The
+  derivative is 0 where s = p_data(x) / (p_data(x) + p_fake(x)), so the best D is, but for the
+  penalty,
       D(x) = log( p_data(x) / p_fake(x) ).
-  So the best D measures how the two distributions differ at x. It is 0 everywhere if, and only if,
-  they are equal; and as long as they are not, G can follow D uphill, to where data are more
-  probable than fakes.
-  Why g_loss is not E[ log(1 - sigmoid(D(G(z)))) ], minus D's own term: where D sees through a fake,
-  D is very negative, and the slope of that loss with respect to D, -sigmoid(D), is almost 0 ("it
-  saturates"). The slope of the g_loss above, -(1 - sigmoid(D)), is almost -1 there. G learns most
-  where it is worst.
-  r1 = E |dD(x)/dx|^2 over real x: the penalty keeps D flat around the data. Else D becomes ever
-  steeper between data and fakes, and drives the fakes past the data, back, and past it again.
+  It measures how the two distributions differ at x, and is 0 everywhere if, and only if, they are
+  equal. As long as they are not, G follows D uphill, to where data are more probable than fakes.
+  Why g_loss is not E[ log(1 - sigmoid(D(G(z)))) ], the negative of D's second term: where D sees
+  through a fake, D is very negative, and the slope of that loss with respect to D, -sigmoid(D), is
+  almost 0 ("it saturates"). The slope of the g_loss above, -(1 - sigmoid(D)), is almost -1 there.
+  So a fake that D rejects still gets a gradient.
+  r1 = E |dD(x)/dx|^2 over real x: the penalty keeps D flat at the data. Otherwise D still slopes
+  when the fakes arrive there, and pushes them past the data; then it turns round, and pushes them
+  back.
   Sampling. z ~ N(0, 1), then x = G(z).
-  Labels. With --class-cond, G adds an embedding of the label to z, and D has a logit for each
-  label, of which it uses that of the label given. It is hidden for one image in ten.
+  Labels. With --class-cond, G adds an embedding of the label to z, and D has a logit for each label
+  and uses the one for the given label. For one image in ten that is "no label".
 
 Shapes
   x (B, 1, 28, 28) in [0, 1] outside, [-1, 1] inside; z (B, z_dim); logits of D (B,). size: a
   multiple of 4, as G doubles a small image twice.
 
 What to expect
-  d_loss, with the penalty, and g_loss are in nats; d_real and d_fake
-  are the mean of sigmoid(D) over test digits and over fakes. No loss falls for long, as the
-  opponent learns, too: judge by the samples. If D could only guess, d_loss would be 2 log 2 = 1.386
-  and g_loss log 2 = 0.693; a good run stays near both. Where d_loss nears 0, G has lost; where
-  fakes look alike, G has collapsed.
+  d_loss, which includes the penalty, and g_loss are in nats; the train loss is their sum; d_real
+  and d_fake are the mean of sigmoid(D) over test digits and over fakes. No loss falls for long, as
+  the opponent learns, too: judge by the samples. If D could only guess, d_loss would be 2 log 2 =
+  1.386 and g_loss log 2 = 0.693; a good run stays near both. Where d_loss nears 0, G has lost;
+  where fakes look alike, G has collapsed.
 """
 
 import argparse

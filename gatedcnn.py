@@ -28,9 +28,9 @@ Maths
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
   x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
-  exactly; each term is the binary cross-entropy of a pixel. Its mean over the data is smallest for
-  the p that the data come from.
-  A layer, where gated(pair) = tanh(value) * sigmoid(gate), value and gate being the halves of pair:
+  exactly; each term is the binary cross-entropy of a pixel. Its expected value is smallest if the
+  model's p is that of the data: the gap is their KL divergence, which is never negative. A layer,
+  where gated(pair) = tanh(value) * sigmoid(gate), value and gate being the halves of pair:
       pair = vertical(v)
       mix = gated(horizontal(h) + v_to_h(pair))
       v <- gated(pair),   h <- h + out(mix)
@@ -52,13 +52,14 @@ Maths
       # # # # # X
   Sampling. v is computed once for each row, as soon as the rows above are drawn; h once for each
   pixel. Caches keep what later steps read, so the 784 steps together take about as much
-  arithmetic as one pass over the image.
-  Each pixel is drawn with its probability: always taking the likelier value, which is mostly black,
-  soon gives an empty image.
+  arithmetic as one pass over the
+  image; but one after the other, so they are slow.
+  Each pixel is drawn with its probability: always taking the likelier value, which is almost always
+  black, gives a blank image.
   Labels. With --class-cond, an embedding of the label is added to every vector of v after the first
-  convolution, and hidden for one training image in ten, so that one model learns both p(x | y) and
-  p(x). Sampling may exaggerate what the label adds (guidance):
-      logits <- logits(no label) + guidance (logits(label) - logits(no label)),   guidance >= 1
+  convolution, and for one training image in ten that of "no label" instead, so that one model
+  learns both p(x | y) and p(x). Sampling may exaggerate what the label adds (guidance):
+      logits <- logits(no label) + guidance (logits(label) - logits(no label)),  guidance > 1
 
 Shapes
   x (B, 1, 28, 28): loss takes grey levels in [0, 1], the network sees binary pixels: a grey level
@@ -68,9 +69,10 @@ Shapes
 
 What to expect
   nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
-  same in bits per pixel. Coin flips for all pixels cost 784 log 2 = 543; knowing how often each
-  pixel is white, 206. A prediction that sees its own pixel, because of a wrong shift, shows up as
-  an nll near 0.
+  same in bits per pixel. Probability 1/2 for every pixel gives 784 log 2 = 543; the share of
+  training images in which each pixel is white, 206. If every prediction saw its own pixel, because
+  of a wrong shift, the nll would fall to about 0; if only some pixels leak, it is just too good to
+  be true.
 """
 
 import argparse
@@ -260,7 +262,7 @@ class GatedPixelCNN(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.size**2):
-            # for given pixels, too: it adds them to the cache, which later pixels read
+            # run for given pixels, too: that fills the cache, which later pixels read
             logits = self.logits_at(x, y, i, cache)  # (n,)
             if guided:
                 uncond = self.logits_at(x, None, i, uncond_cache)
@@ -321,7 +323,7 @@ class GatedPixelCNN(nn.Module):
 # train_step. The heart of it is train_step.
 NAME = "gatedcnn"  # of this script, its folder in out/, and the origin of its checkpoints
 Model = GatedPixelCNN
-EPOCHS = 20
+EPOCHS = 5
 BATCH_SIZE = 64
 LR = 1e-2
 

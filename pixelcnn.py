@@ -4,7 +4,8 @@
 
 Van den Oord et al. 2016, arXiv:1601.06759; fast sampling: Ramachandran et al. 2017,
 arXiv:1704.06001. Differences from the paper: masked 5 x 5 convolutions where it has 3 x 3, without
-the rows below the centre, which would be all zeros; embeddings of row and column; labels; pixels
+the rows below the centre, which would be all zeros; embeddings of row and column, so that a
+prediction can depend on where it is; pixels
 drawn anew in each epoch (see Shapes); matrices trained by Muon (see the train section); the weights
 that are tested are a running average of those in training (EMA).
 
@@ -24,32 +25,35 @@ Maths
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
   x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
-  exactly; each term is the binary cross-entropy of a pixel. Its mean over the data is smallest for
-  the p that the data come from.
-  Masks. A kernel is centred on the pixel X that is predicted. Kept are the weights for the rows
-  above and for the left of the row; whether the centre m itself is kept tells two masks apart:
+  exactly; each term is the binary cross-entropy of a pixel. Its expected value is smallest if the
+  model's p is that of the data: the gap is their KL divergence, which is never negative.
+  Masks. A kernel is centred on the pixel X that is predicted. The mask keeps the weights for the
+  rows above and those for the left part of its own row. There are two masks, which differ in the
+  centre m, here for a kernel of 3 x 3:
       1 1 1     A: m = 0, in the first layer. It reads pixels, and pixel X is the answer.
-      1 m 0     B: m = 1, in all others. They read what the layers before have made of earlier
-      0 0 0     pixels; at X, too, that knows nothing of pixel X.
+      1 m 0     B: m = 1, in all others. They read vectors that the first layer has made, and the
+      0 0 0     vector at X knows nothing of pixel X: mask A has kept it out.
   Receptive field: the pixels that a prediction depends on. It grows with each layer: here by 3
   pixels in the first layer (7 x 7) and by 2 in each of the six others (5 x 5), so to 15 pixels on
   the left, and 15 rows above.
-  Blind spot. Within a row, information moves to the right only. What stands to the right of X, in a
-  row above, must be moved to the left by a layer that also moves it down, by a row or more: 3
-  columns if it is the first layer, 2 if it is another. So in the row above X, all that is further
-  right than 3 columns is out of sight, and in the row that is a rows above, further than 2 a + 1:
+  Blind spot. A layer can move information to the left only while it moves it down: in its own row,
+  it reads what is on the left only. It moves it by 3 columns at most if it is the first layer, by 2
+  if it is another. From the row above X there is one such move, so what is more than 3 columns to
+  the right is out of sight; from the row a above there are a, which makes 3 + 2 (a - 1) = 2 a + 1
+  columns:
       # # # # # # # # # # # . . .     X is predicted from every #,
       # # # # # # # # # . . . . .     but from no dot. gatedcnn.py shows
       # # # # # X                     the way out.
-  Sampling. Step i needs the vectors of pixel i alone, one in each layer, and what its kernel reads
-  around it. The cache keeps what the earlier pixels have put there, so nothing is computed twice,
-  and the 784 steps together take about as much arithmetic as one pass over the image.
-  Each pixel is drawn with its probability: always taking the likelier value, which is mostly black,
-  soon gives an empty image.
+  Sampling. Step i needs, in each layer, the vector at pixel i and those that the kernel reads
+  around it. A cache keeps those of the earlier steps, so nothing is computed twice, and
+  the 784 steps together take about as much arithmetic as one pass over the
+  image; but one after the other, so they are slow.
+  Each pixel is drawn with its probability: always taking the likelier value, which is almost always
+  black, gives a blank image.
   Labels. With --class-cond, an embedding of the label is added to every pixel's vector after the
-  first layer, and hidden for one training image in ten, so that one model learns both p(x | y) and
-  p(x). Sampling may exaggerate what the label adds (guidance):
-      logits <- logits(no label) + guidance (logits(label) - logits(no label)),   guidance >= 1
+  first layer, and for one training image in ten that of "no label" instead, so that one model
+  learns both p(x | y) and p(x). Sampling may exaggerate what the label adds (guidance):
+      logits <- logits(no label) + guidance (logits(label) - logits(no label)),  guidance > 1
 
 Shapes
   x (B, 1, 28, 28): loss takes grey levels in [0, 1], the network sees binary pixels: a grey level
@@ -59,9 +63,10 @@ Shapes
 
 What to expect
   nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
-  same in bits per pixel. Coin flips for all pixels cost 784 log 2 = 543; knowing how often each
-  pixel is white, 206. A prediction that sees its own pixel, because of a wrong mask, shows up as an
-  nll near 0.
+  same in bits per pixel. Probability 1/2 for every pixel gives 784 log 2 = 543; the share of
+  training images in which each pixel is white, 206. If every prediction saw its own pixel, because
+  of a wrong mask, the nll would fall to about 0; if only some pixels leak, it is just too good to
+  be true.
 """
 
 import argparse
@@ -119,8 +124,8 @@ class Bottleneck(nn.Module):
     def forward_at(self, h, r, c, cache):
         """The same for pixel (r, c) alone: h (B, 1, 1, 2 * channels), and so is the result.
 
-        cache (B, pad + H, pad + W + pad, channels) holds what the earlier pixels put into the
-        convolution, padded with zeros; this pixel is added.
+        cache (B, pad + H, pad + W + pad, channels) holds what went into the convolution at earlier
+        pixels, padded with zeros; that of this pixel is added.
         """
         pad = self.pad
         cache[:, pad + r, pad + c] = self.squeeze(h.relu()).relu()[:, 0, 0]
@@ -177,7 +182,7 @@ class PixelCNN(nn.Module):
     def logits_at(self, x, y, i, cache):
         """Logits (B,) of pixel i given those before it, for i = 0, 1, 2, ... in turn.
 
-        Adds what each block needs of pixel i to cache.
+        Adds to cache what goes into the convolution of each block at pixel i.
         """
         r, c = divmod(i, self.size)
         window = F.pad(x, (3, 3, 3, 0))[:, :, r : r + 4, c : c + 7]  # the stem's kernel
@@ -222,7 +227,7 @@ class PixelCNN(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.size**2):
-            # for given pixels, too: it adds them to the cache, which later pixels read
+            # run for given pixels, too: that fills the cache, which later pixels read
             logits = self.logits_at(x, y, i, cache)  # (n,)
             if guided:
                 uncond = self.logits_at(x, None, i, uncond_cache)
@@ -283,7 +288,7 @@ class PixelCNN(nn.Module):
 # train_step. The heart of it is train_step.
 NAME = "pixelcnn"  # of this script, its folder in out/, and the origin of its checkpoints
 Model = PixelCNN
-EPOCHS = 20
+EPOCHS = 8
 BATCH_SIZE = 64
 LR = 1e-2
 

@@ -4,10 +4,10 @@
 
 Van den Oord et al. 2016, arXiv:1601.06759; LSTM: Hochreiter and Schmidhuber 1997; its forget gate:
 Gers, Schmidhuber and Cummins 2000. Differences from the paper: an LSTM along the pixels in raster
-order, where the paper has LSTMs that process a whole row or diagonal at once; layer norms;
-embeddings of row and column; a convolution at the input that shows the three rows above; pixels
-drawn anew in each epoch (see Shapes); matrices trained by Muon (see the train section); the weights
-that are tested are a running average of those in training (EMA).
+order, where the paper has LSTMs that process a whole row or diagonal at once; a convolution at the
+input that shows the last 87 pixels; layer norms; embeddings of row and column; pixels drawn anew in
+each epoch (see Shapes); matrices trained by Muon (see the train section); the weights that are
+tested are a running average of those in training (EMA).
 
 Idea
   Take an image as a sequence of pixels, row by row, and predict each pixel from those before it
@@ -17,39 +17,43 @@ Idea
   can reach.
   The difficulty is to keep something in memory for hundreds of steps. In a plain recurrent network,
   the gradient of a late prediction is multiplied by a matrix for each step on its way back, and so
-  vanishes or explodes. The LSTM's memory c is changed by addition instead, under control of gates.
+  vanishes or explodes. The LSTM's memory c is, in each step, multiplied number by number with a
+  gate between 0 and 1, so that it can be kept, and new content is added to it.
   The pixel above is the best hint there is, but it was read 28 steps ago. So the input of each step
-  shows the last three rows as well, and the memory is left with what lies further back.
-  The price: step i needs the memory after step i - 1, so even training goes pixel by pixel, though
-  it knows the whole image, where the other models predict all 784 pixels in parallel.
+  shows the last 87 pixels as well, some three rows, and the memory is left with what lies further
+  back.
+  The price: step i needs the memory after step i - 1, so even training, which knows the whole
+  image, goes pixel by pixel (inside nn.LSTM). The other five autoregressive models train on all 784
+  in parallel.
 
 Maths
       p(x) = p(x_0) p(x_1 | x_0) p(x_2 | x_0, x_1) ... = prod_i p(x_i | x_<i)    (the chain rule)
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
   x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
-  exactly; each term is the binary cross-entropy of a pixel. Its mean over the data is smallest for
-  the p that the data come from.
-  Tokens. A token is the vector that a model has for a place in a sequence. Token i is made by the
-  convolution `stem` from the 87 pixels before pixel i, up to i - 1, and of embeddings of its row
-  and its column, which say where in the image it stands.
-  An LSTM has two states, vectors of n_embd numbers: the memory c, and h, what it shows of c. Step
-  i:
-      f, u, o = sigmoid(W (token_i, h_{i-1}) + b)     three gates in (0, 1): keep, write, show
-      g       = tanh(W' (token_i, h_{i-1}) + b')      what to write, in (-1, 1)
+  exactly; each term is the binary cross-entropy of a pixel. Its expected value is smallest if the
+  model's p is that of the data: the gap is their KL divergence, which is never negative.
+  Tokens. Token i is the input vector of step i: the sum of what the convolution `stem` makes of the
+  87 pixels before pixel i, and of embeddings of row and column, which say where in the image it
+  stands. An LSTM has two states, vectors of n_embd numbers: the memory c, and h, what it shows of
+  c. In step i it reads a_i, the token (normalised). With [a, h] for the two vectors joined, *
+  number by number:
+      f, u, o = sigmoid(W [a_i, h_{i-1}] + b)     three gates in (0, 1): keep, write, show
+      g       = tanh(W' [a_i, h_{i-1}] + b')      what to write, in (-1, 1)
       c_i     = f * c_{i-1} + u * g
       h_i     = o * tanh(c_i)
-  Along c, dc_i / dc_{i-1} = f (the gates depend on c_{i-1}, too, by way of h, but that path is
-  apart): where the network sets f to 1, a memory and its gradient last without end.
-  Two LSTMs stand one on the other. Each reads the normalised sum of what came below, and adds its h
-  to it (a residual connection); a linear layer makes the logit of the last sum.
-  Sampling. The states after step i are all that step i + 1 needs of the past.
-  Each pixel is drawn with its probability: always taking the likelier value, which is mostly black,
-  soon gives an empty image.
-  Labels. With --class-cond, an embedding of the label is added to every token, and hidden for one
-  training image in ten, so that one model learns both p(x | y) and p(x). Sampling may exaggerate
-  what the label adds (guidance):
-      logits <- logits(no label) + guidance (logits(label) - logits(no label)),   guidance >= 1
+  Apart from the path through h and the gates, dc_i / dc_{i-1} = f: where the network sets f near 1,
+  a memory and its gradient fade slowly.
+  Two LSTMs are stacked. The first adds its h to the token, the second reads that sum (normalised)
+  and adds its own h; a linear layer computes the logit from the last sum (normalised).
+  Sampling. Step i + 1 needs the states after step i and the last 87 pixels, nothing else of the
+  past.
+  Each pixel is drawn with its probability: always taking the likelier value, which is almost always
+  black, gives a blank image.
+  Labels. With --class-cond, an embedding of the label is added to every token, and for one training
+  image in ten that of "no label" instead, so that one model learns both p(x | y) and p(x). Sampling
+  may exaggerate what the label adds (guidance):
+      logits <- logits(no label) + guidance (logits(label) - logits(no label)),  guidance > 1
 
 Shapes
   x (B, 1, 28, 28): loss takes grey levels in [0, 1], the network sees binary pixels: a grey level
@@ -59,9 +63,10 @@ Shapes
 
 What to expect
   nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
-  same in bits per pixel. Coin flips for all pixels cost 784 log 2 = 543; knowing how often each
-  pixel is white, 206. A prediction that sees its own pixel, because of a wrong shift, shows up as
-  an nll near 0.
+  same in bits per pixel. Probability 1/2 for every pixel gives 784 log 2 = 543; the share of
+  training images in which each pixel is white, 206. If every prediction saw its own pixel, because
+  of a wrong shift, the nll would fall to about 0; if only some pixels leak, it is just too good to
+  be true.
 """
 
 import argparse
@@ -181,7 +186,7 @@ class PixelRNN(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.size**2):
-            # for given pixels, too: it adds them to the cache, which later pixels read
+            # run for given pixels, too: that fills the cache, which later pixels read
             logits = self.logits_at(x, y, i, cache)  # (n,)
             if guided:
                 uncond = self.logits_at(x, None, i, uncond_cache)
@@ -233,7 +238,7 @@ class PixelRNN(nn.Module):
 # train_step. The heart of it is train_step.
 NAME = "rnn"  # of this script, its folder in out/, and the origin of its checkpoints
 Model = PixelRNN
-EPOCHS = 10
+EPOCHS = 3
 BATCH_SIZE = 64
 LR = 1e-2
 

@@ -31,9 +31,9 @@ Maths
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
   x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
-  exactly; each term is the binary cross-entropy of a pixel. Its mean over the data is smallest for
-  the p that the data come from.
-  Attention, for queries q, keys k and values v of d numbers each:
+  exactly; each term is the binary cross-entropy of a pixel. Its expected value is smallest if the
+  model's p is that of the data: the gap is their KL divergence, which is never negative. Attention,
+  for queries q, keys k and values v of d numbers each:
       attention_i = sum_{j <= i} w_ij v_j,   w_ij = softmax_j(q_i k_j / sqrt(d)) over j <= i
   The softmax makes the weights w_ij positive, with a sum of 1 for each i. Layer
   norm gives q and k a length of sqrt(d), and for random directions q_i k_j is then of order
@@ -47,12 +47,12 @@ Maths
   i - 1.
   Sampling. A pixel that is drawn later changes nothing about earlier tokens: their keys and values
   can be kept in a cache. Step i computes token i alone, and compares its query with the kept keys.
-  Each pixel is drawn with its probability: always taking the likelier value, which is mostly black,
-  soon gives an empty image.
-  Labels. With --class-cond, an embedding of the label is added to every token, and hidden for one
-  training image in ten, so that one model learns both p(x | y) and p(x). Sampling may exaggerate
-  what the label adds (guidance):
-      logits <- logits(no label) + guidance (logits(label) - logits(no label)),   guidance >= 1
+  Each pixel is drawn with its probability: always taking the likelier value, which is almost always
+  black, gives a blank image.
+  Labels. With --class-cond, an embedding of the label is added to every token, and for one training
+  image in ten that of "no label" instead, so that one model learns both p(x | y) and p(x). Sampling
+  may exaggerate what the label adds (guidance):
+      logits <- logits(no label) + guidance (logits(label) - logits(no label)),  guidance > 1
 
 Shapes
   x (B, 1, 28, 28): loss takes grey levels in [0, 1], the network sees binary pixels: a grey level
@@ -61,9 +61,10 @@ Shapes
 
 What to expect
   nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
-  same in bits per pixel. Coin flips for all pixels cost 784 log 2 = 543; knowing how often each
-  pixel is white, 206. A prediction that sees its own pixel, because of a wrong shift, shows up as
-  an nll near 0.
+  same in bits per pixel. Probability 1/2 for every pixel gives 784 log 2 = 543; the share of
+  training images in which each pixel is white, 206. If every prediction saw its own pixel, because
+  of a wrong shift, the nll would fall to about 0; if only some pixels leak, it is just too good to
+  be true.
 """
 
 import argparse
@@ -216,7 +217,7 @@ class PixelTransformer(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.size**2):
-            # for given pixels, too: it adds them to the cache, which later pixels read
+            # run for given pixels, too: that fills the cache, which later pixels read
             logits = self.logits_at(x, y, i, cache)  # (n,)
             if guided:
                 uncond = self.logits_at(x, None, i, uncond_cache)
@@ -268,7 +269,7 @@ class PixelTransformer(nn.Module):
 # train_step. The heart of it is train_step.
 NAME = "transformer"  # of this script, its folder in out/, and the origin of its checkpoints
 Model = PixelTransformer
-EPOCHS = 10
+EPOCHS = 4
 BATCH_SIZE = 64
 LR = 1e-2
 

@@ -11,20 +11,21 @@ pixels drawn anew in each epoch (see Shapes); the matrices of the residual block
 Idea
   Think of an image as made in two steps. First a code z, 32 random numbers, decides what to draw:
   which digit, how slanted, how bold. Then a network, the decoder, turns z into a probability for
-  each pixel to be white, which defines p(x | z). z is called latent, as it is never observed; its
-  fixed distribution p(z), a standard Gaussian, is called the prior.
+  each pixel to be white; given z, pixels are independent, so p(x | z) is their product. z is called
+  latent, as it is never observed; its fixed distribution p(z), a standard Gaussian, is called the
+  prior.
   Training should make real images probable: p(x) is p(x | z), averaged over all z. But for a given
   x almost every random z draws something quite different, so an average over random z would be
   hopeless to estimate. So a second network, the encoder, says for each x which z are likely to have
-  made it: a Gaussian q(z | x), narrow compared with the prior. The decoder is then trained on z
-  that matter.
+  made it: a Gaussian q(z | x), far narrower than the prior. The decoder is then trained on z that
+  matter.
   That is an autoencoder, with noise on the code and with a price: the encoder pays for every bit by
-  which q(z | x) is more specific than p(z). The price makes it spend bits only where each buys the
-  most in the rebuilt image, and keeps the codes of all images together near the prior, so that a z
-  drawn from the prior decodes to a digit. A sample takes one pass, and similar z give similar
-  images.
-  What it costs: p(x) is known by a bound only; and, given z, pixels are independent, so whatever z
-  leaves open comes out as a blur.
+  which q(z | x) is more specific than p(z). The price makes it spend bits only where each improves
+  the rebuilt image by more than it costs, and keeps the codes of all images together near the
+  prior, so that a z drawn from the prior decodes to a digit. A sample takes one pass, and similar z
+  give similar images.
+  What it costs: p(x) is known by a bound only; and whatever z leaves open comes out as a blur, as
+  the pixels do not know of each other.
 
 Maths
   p(x) is the integral of p(x | z) p(z) over z. Multiply and divide by any q(z | x) > 0 in it:
@@ -34,9 +35,10 @@ Maths
   The ELBO is the evidence lower bound; KL(q || p) = E_q[log q - log p], never negative, says how
   far q is from p, in nats (natural logarithms; a nat is 1.44 bits).
   The inequality holds because log is concave: the log of a mean is at least the mean of the logs.
-  What it loses is KL( q(z | x) || p(z | x) ): nothing, if the encoder finds the true posterior,
-  which says how probable each z is once x is known. The loss is neg_elbo = recon + kl:
-      recon = -E_q[ sum_i log p(x_i | z) ],  p(x_i = 1 | z) = sigmoid(logits_i);  one draw of z
+  What it loses is KL( q(z | x) || p(z | x) ), as p(x | z) p(z) = p(z | x) p(x): nothing, if q is
+  the true posterior p(z | x), how probable each z is once x is known. The loss is neg_elbo = recon
+  + kl:
+      recon = -E_q[ sum_i log p(x_i | z) ],  p(x_i = 1 | z) = sigmoid(logits_i),  from one draw of z
       kl    = sum over the numbers in z of (mu^2 + sigma^2 - 1 - log sigma^2) / 2,
               as for each of them q(z | x) = N(mu, sigma^2) and p(z) = N(0, 1)
   kl is what the code costs: after training some 27 nats, 39 bits.
@@ -44,17 +46,18 @@ Maths
   drawn with. So draw what does not depend on them, and compute z from it (the reparametrisation
   trick):
       z = mu + sigma eps,   eps ~ N(0, 1):   dz/dmu = 1,  dz/dsigma = eps.
-  The encoder gives logvar = log sigma^2: any number is allowed, and sigma is positive by itself.
+  The encoder gives logvar = log sigma^2: any number is allowed, and sigma = exp(logvar / 2) is
+  positive.
   A tighter bound, importance-weighted (the method `bound`; bench/compare.py reports it), averages k
   draws inside the log:
       log p(x) >= E[ log( 1/k sum_j p(x | z_j) p(z_j) / q(z_j | x) ) ]  =  -iwae
-  The mean of k draws varies less than a single one, so Jensen's inequality loses less: with k = 1
-  it is the ELBO, and as k grows it tends to log p(x).
+  The mean of k such ratios varies less than a single one, so Jensen's inequality loses less: with k
+  = 1 it is the ELBO, and as k grows it tends to log p(x).
   Sampling. z ~ N(0, 1), decoded to the probabilities of the pixels. These are shown as grey levels:
   flipping a coin for each pixel would only add speckles.
-  Labels. With --class-cond, a vector of the label scales and shifts the features in encoder and
-  decoder. It is hidden for one training image in ten, so that one model works with labels and
-  without.
+  Labels. With --class-cond, the label's vector scales and shifts the features in encoder and
+  decoder, and for one training image in ten that of "no label", so that one model works with labels
+  and without.
 
 Shapes
   x (B, 1, 28, 28): loss takes grey levels in [0, 1], the networks see binary pixels: a grey level

@@ -15,10 +15,10 @@ Idea
   distributed: the prior. Here the code is 49 symbols, each one of 64, and the prior is learned.
   This is how written language works: a small alphabet, and rules of which letters follow which.
   An encoder turns the image into a vector z_e for each of 7 x 7 positions. Each z_e is replaced by
-  the nearest of 64 learned vectors (together: the codebook). Its number there is the code of the
-  position; the vector itself is called z_q. A decoder rebuilds the image from the z_q alone, so
-  that the codes have to keep what matters. The prior is a transformer (the block of transformer.py)
-  that learns to predict each code from those before it, row by row.
+  the nearest of 64 learned vectors (together: the codebook). The index of that vector is the code
+  of the position; the vector itself is called z_q. A decoder rebuilds the image from the z_q alone,
+  so that the codes have to keep what matters. The prior is a transformer (the block of
+  transformer.py) that learns to predict each code from those before it, row by row.
   To sample, draw 49 codes from the prior, one by one, and decode them once: a short sequence takes
   the place of 784 pixels. Without the prior, with codes drawn uniformly, the decoder would draw
   scribbles.
@@ -36,32 +36,35 @@ Maths
   treats its argument as a constant):
       loss = recon + |sg(z_e) - z_q|^2 + beta |z_e - sg(z_q)|^2 + prior + rate_weight * rate
   recon trains the decoder and the encoder. The choice of the nearest vector has no useful gradient,
-  so the gradient of recon with respect to z_q is handed to z_e unchanged (straight-through).
+  so the gradient of recon with respect to z_q is handed to z_e unchanged (straight-through): a good
+  approximation as long as the two are close, which is what the commitment is for.
   |sg(z_e) - z_q|^2 trains the codebook: each vector moves towards the mean of the z_e that chose
   it.
   |z_e - sg(z_q)|^2, the commitment, trains the encoder to stay near the codes that it chooses.
   prior = -sum_i log p(codes_i | codes_<i) trains the transformer alone, as no gradient leads from
   the codes to the encoder.
-  rate fills that gap in part. Without it, the encoder would use whatever codes rebuild the image
-  best, however hard they are to predict: some 49 log 64 = 204 nats. Imagine that code k, of the
-  vector e_k, were chosen with a probability that falls with its distance. The mean cost of position
-  i would be
-      rate_i = -sum_k softmax_k(-|z_e - e_k|^2) sg(log p(k | codes_<i)),
+  rate fills that gap, but for what a code means to later ones. Without it, the encoder would use
+  whatever codes rebuild the image best, however hard they are to predict: at worst 49 log 64 = 204
+  nats. Imagine that code k, of the vector e_k, were chosen with a probability that falls with its
+  distance. The mean cost of position i would be
+      rate_i = -sum_k softmax_k(-|z_e - sg(e_k)|^2) sg(log p(k | codes_<i)),   rate = sum_i rate_i,
   which has a gradient with respect to z_e, and moves it towards codes that the prior expects.
   Restarts. A code that is never the nearest gets no gradient and stays useless. So one that is
   hardly ever used is moved to one of the z_e of the batch. At the start all codes are placed in
   this way.
   Sampling. 49 steps of the transformer, with a cache of keys and values, then one pass of the
-  decoder.
+  decoder. What is shown are the probabilities of the pixels.
   Labels. With --class-cond, an embedding of the label is added to every token of the transformer,
-  and hidden for one training image in ten. Sampling may exaggerate what it adds to the logits
-  (guidance).
+  and that of "no label" for one training image in ten. Sampling may exaggerate what the label adds
+  (guidance):
+      logits <- logits(no label) + guidance (logits(label) - logits(no label)),  guidance > 1
 
 Shapes
   x (B, 1, 28, 28): loss takes grey levels in [0, 1], the networks see binary pixels: a grey level
   of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
-  binarisation). z_e, z_q (B, 49, code_dim); codes (B, 49), integers. size: a multiple of 4, as
-  there is a code for each patch of 4 x 4 pixels.
+  binarisation). z_e, z_q (B, 49, code_dim); codes (B, 49), integers. size: a multiple of 4, as the
+  grid of
+  codes has a quarter of the image's side.
 
 What to expect
   recon, prior and neg_elbo in nats per image: summed over pixels or codes, averaged over images.
@@ -320,7 +323,7 @@ class VQVAE(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.side**2):
-            # for given codes, too: it adds them to the cache, which later codes read
+            # run for given codes, too: that fills the cache, which later codes read
             logits = self.logits_at(codes, y, i, cache)  # (n, n_codes)
             if guided:
                 uncond = self.logits_at(codes, None, i, uncond_cache)

@@ -1,12 +1,13 @@
-"""WaveNet: layers that mix each pixel with one further back, until it has met all before it.
+"""WaveNet: layers that mix each pixel with one further back, until it has seen all before it.
 
     python wavenet.py --epochs 2
 
 Van den Oord et al. 2016, arXiv:1609.03499; fast sampling by queues: Paine et al. 2016,
-arXiv:1611.09482. Differences from the paper: pixels where it has sound; dilations that fit the
-image; embeddings of row and column; pixels drawn anew in each epoch (see Shapes); matrices trained
-by Muon (see the train section); the weights that are tested are a running average of those in
-training (EMA).
+arXiv:1611.09482. Differences from the paper: pixels instead of audio samples; dilations that fit
+the image; the output reads the last layer as well as the skips;
+embeddings of row and column; pixels drawn anew in each epoch (see Shapes); matrices trained by Muon
+(see the train section); the weights that are tested are a running average of those in training
+(EMA).
 
 Idea
   Take an image as a sequence of pixels, row by row, and predict each pixel from those before it
@@ -15,39 +16,42 @@ Idea
   layers of dilation 1, 2 and 4, a token has met the 8 most recent pixels: the reach doubles with
   each layer, where layers of dilation 1 alone would need 7 to get there.
   An image has two directions, and the pixel above, 28 steps back, matters as much as the one on the
-  left. So here five layers go back by 1, 2, 4, 8 and 16 pixels, then five by as many rows. All
-  layers compute all tokens at once, so training makes the 784 predictions of an image in one pass.
-  Sampling takes 784 steps, as pixel i has to be drawn before pixel i + 1 can be predicted.
-  The price: what a layer mixes is fixed, whatever is in the image (a transformer chooses).
+  left. So here five layers go back by 1, 2, 4, 8 and 16 pixels, then five by 1, 2, 4, 8 and 16
+  rows. Each layer computes all tokens at once, so training makes the 784 predictions of an image in
+  one pass. Sampling takes 784 steps, as pixel i has to be drawn before pixel i + 1 can be
+  predicted.
+  The price: which two places a layer mixes is fixed, whatever is in the image (a transformer
+  chooses).
 
 Maths
       p(x) = p(x_0) p(x_1 | x_0) p(x_2 | x_0, x_1) ... = prod_i p(x_i | x_<i)    (the chain rule)
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
   x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
-  exactly; each term is the binary cross-entropy of a pixel. Its mean over the data is smallest for
-  the p that the data come from.
-  A layer, with dilation d, is a causal convolution of kernel size 2 with a gate:
+  exactly; each term is the binary cross-entropy of a pixel. Its expected value is smallest if the
+  model's p is that of the data: the gap is their KL divergence, which is never negative. A layer,
+  with dilation d, is a causal convolution of kernel size 2 with a gate:
       value_i, gate_i = mix(h_{i-d}, h_i)
       change_i, skip_i = out(tanh(value_i) * sigmoid(gate_i))
       h_i <- h_i + change_i
   The gate, in (0, 1), passes, weakens or blocks each value, in (-1, 1). The logits are made of the
-  last h plus the sum of the skips: a way for each layer to speak to the output directly.
+  last h plus the sum of the skips: a skip reaches the output without passing through later layers.
   Reach. Pixel j is n = i - 1 - j steps behind the newest pixel that token i sees, and n = 28 r + c
   with c < 28 and r < 28. In binary, c is a sum of some of 1, 2, 4, 8, 16, and 28 r a sum of some of
   28, 56, 112, 224, 448. These are the ten dilations, and a path through the layers may use each one
-  or not: so it reaches each of the earlier pixels, in exactly one way. Ten layers of 1, 2, 4, ...,
-  512 would reach them all, too, but 32 or 64 pixels back is a place some columns aside; 28 and 56
-  pixels back is straight above.
-  Sampling. In step i, a layer of dilation d needs its own token of step i - d. It keeps the last d
-  tokens in a queue, so nothing is computed twice, and the 784 steps together take about as much
-  arithmetic as one pass over the image.
-  Each pixel is drawn with its probability: always taking the likelier value, which is mostly black,
-  soon gives an empty image.
-  Labels. With --class-cond, an embedding of the label is added to every token, and hidden for one
-  training image in ten, so that one model learns both p(x | y) and p(x). Sampling may exaggerate
-  what the label adds (guidance):
-      logits <- logits(no label) + guidance (logits(label) - logits(no label)),   guidance >= 1
+  or not: so it reaches every earlier pixel. Ten layers of 1, 2, 4, ..., 512 would reach them all,
+  too, but 32 or 64 back is a few columns to the side, while token i - 28 or i - 56 stands straight
+  above token i.
+  Sampling. In step i, a layer of dilation d needs the token that entered it in step i - d. It keeps
+  the last d of them in a queue, so nothing is computed twice, and the 784 steps together take about
+  as much arithmetic as one pass over the
+  image; but one after the other, so they are slow.
+  Each pixel is drawn with its probability: always taking the likelier value, which is almost always
+  black, gives a blank image.
+  Labels. With --class-cond, an embedding of the label is added to every token, and for one training
+  image in ten that of "no label" instead, so that one model learns both p(x | y) and p(x). Sampling
+  may exaggerate what the label adds (guidance):
+      logits <- logits(no label) + guidance (logits(label) - logits(no label)),  guidance > 1
 
 Shapes
   x (B, 1, 28, 28): loss takes grey levels in [0, 1], the network sees binary pixels: a grey level
@@ -56,9 +60,10 @@ Shapes
 
 What to expect
   nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
-  same in bits per pixel. Coin flips for all pixels cost 784 log 2 = 543; knowing how often each
-  pixel is white, 206. A prediction that sees its own pixel, because of a wrong shift, shows up as
-  an nll near 0.
+  same in bits per pixel. Probability 1/2 for every pixel gives 784 log 2 = 543; the share of
+  training images in which each pixel is white, 206. If every prediction saw its own pixel, because
+  of a wrong shift, the nll would fall to about 0; if only some pixels leak, it is just too good to
+  be true.
 """
 
 import argparse
@@ -111,8 +116,9 @@ class WaveNet(nn.Module):
         self.label = nn.Embedding(n_classes + 1, channels)  # the last entry is "no label"
         nn.init.zeros_(self.label.weight)
         self.layers = nn.ModuleList(GatedLayer(channels) for _ in self.dilations)
-        wide = nn.Linear(channels, channels)
-        self.head = nn.Sequential(nn.ReLU(), wide, nn.ReLU(), nn.Linear(channels, 1))
+        self.head = nn.Sequential(
+            nn.ReLU(), nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, 1)
+        )
 
     def embed(self, x, y):
         """A vector for each label in y (B,), or for "no label" if y is None; x supplies B."""
@@ -150,7 +156,7 @@ class WaveNet(nn.Module):
         skips = 0
         for layer, queue in zip(self.layers, cache):
             token = h
-            oldest = i % len(queue)  # the place of token i - dilation, which token i takes over
+            oldest = i % len(queue)  # the place of token i - dilation; token i takes it over
             h, skip = layer(token, queue[oldest])
             queue[oldest] = token
             skips = skips + skip
@@ -191,7 +197,7 @@ class WaveNet(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.size**2):
-            # for given pixels, too: it adds them to the cache, which later pixels read
+            # run for given pixels, too: that fills the cache, which later pixels read
             logits = self.logits_at(x, y, i, cache)  # (n,)
             if guided:
                 uncond = self.logits_at(x, None, i, uncond_cache)
@@ -243,7 +249,7 @@ class WaveNet(nn.Module):
 # train_step. The heart of it is train_step.
 NAME = "wavenet"  # of this script, its folder in out/, and the origin of its checkpoints
 Model = WaveNet
-EPOCHS = 20
+EPOCHS = 5
 BATCH_SIZE = 64
 LR = 1e-2
 

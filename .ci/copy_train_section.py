@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = "rnn made wavenet pixelcnn gatedcnn transformer vae vqvae gan diffusion".split()
+SCRIPTS = "made pixelcnn gatedcnn rnn wavenet transformer vae vqvae gan diffusion".split()
 RULER = "# ---------------------------------------------------------------- train\n"
 CONSTANT = re.compile(r"^[A-Za-z_]+ = .*$", re.M)
 # the optimizers and a training step: what stands between learning_rate and update_ema

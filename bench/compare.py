@@ -1,4 +1,4 @@
-"""The head-to-head: measures the checkpoints in out/ alike, writes README's table and pictures.
+"""The head-to-head: measures the checkpoints in out/ alike, writes tables and pictures.
 
     python bench/compare.py                        # all ten: bench/train_all.py trains them
     python bench/compare.py --scripts vae gan --samples 2000     # prints the table only
@@ -19,6 +19,7 @@ brightness  mean of all pixels, 0 black and 1 white: too low means that strokes 
 digits      shares of the rarest and of the commonest digit among the samples
 labels      share of 1,000 samples that show the digit asked for, of out/<script>-labels/model.pt,
             with the guidance that sample() has by default
+README.md gets the most important columns, bench/README.md all of them, assets/ the pictures.
 Features and digits are those of bench/classifier.py. gan.py and diffusion.py are compared with grey
 digits, the others with binarised ones, to which end the mean images of vae.py and vqvae.py are
 drawn from, too. Figures are kept in out/bench/, so that an interrupted comparison goes on.
@@ -45,8 +46,10 @@ from common import load_mnist, save_images
 
 GREY = "gan", "diffusion"
 START, END = "<!-- bench/compare.py writes from here -->\n", "<!-- to here -->\n"
-COLUMNS = ("model", "parameters", "epochs", "s/epoch", "nats", "bits/dim", "100 in", "Frechet",
-           "ratio", "KID", "precision", "recall", "brightness", "digits", "labels")  # fmt: skip
+SHORT = "model", "nats", "s/epoch", "100 in", "ratio", "digits"  # columns in README.md
+LONG = ("model", "parameters", "epochs", "s/epoch", "nats", "-ELBO", "bits/dim", "100 in",
+        "Frechet", "ratio", "KID", "precision", "recall", "brightness", "digits",
+        "labels")  # fmt: skip
 
 
 def frechet(a, b):
@@ -177,22 +180,44 @@ def real_baseline(n, data, train_x):
     return {key: sum(f[key] for f in figures) / len(figures) for key in figures[0]}
 
 
-def row(name, figures, real):
-    """A line of the table, empty where a figure is missing; real: Frechet of training images."""
+def cells(name, figures, real):
+    """{column: text} of a line of the table; real: Frechet distance of training images."""
     forms = {"s/epoch": "{:.0f}", "100 in": "{:.2f} s", "Frechet": "{:.2f}", "KID": "{:.1f}",
              "precision": "{:.2f}", "recall": "{:.2f}", "brightness": "{:.3f}"}  # fmt: skip
     show = {key: forms.get(key, "{:,}").format(value) for key, value in figures.items()}
-    show["model"] = f"[{name}.py]({name}.py)" if name in SCRIPTS else name
+    show["model"] = f"{name}.py" if name in SCRIPTS else name
     ratio = figures["Frechet"] / real
     show["ratio"] = f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
     show["digits"] = f"{100 * figures['rarest']:.0f}-{100 * figures['commonest']:.0f} %"
     if "labels" in figures:
         show["labels"] = f"{100 * figures['labels']:.1f} %"
     nats = [figures[key] for key in ("nll", "neg_elbo", "iwae") if key in figures]
-    bound = "" if "nll" in figures else "< "
-    show["nats"] = ", ".join(f"{bound}{value:.2f}" for value in nats)
-    show["bits/dim"] = f"{bound}{nats[-1] / 784 / math.log(2):.4f}" if nats else ""
-    return "| " + " | ".join(show.get(column, "") for column in COLUMNS) + " |\n"
+    if nats:
+        bound = "" if "nll" in figures else "< "
+        show["nats"] = f"{bound}{nats[-1]:.2f}"
+        show["-ELBO"] = "" if "nll" in figures else f"{nats[0]:.2f}"
+        show["bits/dim"] = f"{bound}{nats[-1] / 784 / math.log(2):.4f}"
+    return show
+
+
+def table(rows, columns):
+    """Text of the table of rows, {column: text} each. What is best among models is bold."""
+    rows = [dict(row) for row in rows]
+    for column in ("nats", "s/epoch", "100 in", "ratio"):
+        models = [row for row in rows if row["model"].endswith(".py") and row.get(column)]
+        if models:
+            best = min(models, key=lambda row: float(row[column].strip("< s").replace(",", "")))
+            best[column] = f"**{best[column]}**"
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[row.get(column, "") for column in columns] for row in rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def write_between(path, text):
+    """Replace what stands between START and END in the file."""
+    content = path.read_text()
+    before, after = content.split(START)[0], content.split(END)[1]
+    path.write_text(f"{before}{START}\n{text}\n{END}{after}")
 
 
 def contact_sheet(rows):
@@ -238,7 +263,9 @@ def main(argv=None):
     flag("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS, help="(default: all ten)")
     flag("--samples", type=int, default=10_000, help="of each model (default %(default)s)")
     flag("--data-dir", help="folder of the data sets (default: data, beside common.py)")
-    flag("--readme", type=Path, default=ROOT / "README.md", help="for the table; assets/ beside it")
+    flag(
+        "--root", type=Path, default=ROOT, help="whose README.md, bench/README.md, assets/ to write"
+    )
     args = parser.parse_args(argv)
     if args.samples < 100:
         parser.error("--samples must be at least 100")
@@ -246,9 +273,11 @@ def main(argv=None):
         if not Path(f"out/{script}/model.pt").exists():
             sys.exit(f"no out/{script}/model.pt: train it first, with python {script}.py")
     whole = args.scripts == SCRIPTS
-    text = args.readme.read_text()
-    if whole and (START not in text or END not in text):
-        sys.exit(f"{args.readme} has no lines {START.strip()} and {END.strip()}")
+    readmes = [args.root / "README.md", args.root / "bench/README.md"]
+    for path in readmes if whole else []:
+        text = path.read_text()
+        if START not in text or END not in text:
+            sys.exit(f"{path} has no lines {START.strip()} and {END.strip()}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     n = args.samples
     train_x, _, test_x, _ = load_mnist(args.data_dir, device=device)
@@ -258,26 +287,25 @@ def main(argv=None):
     baselines = []
     for i, data in enumerate(sets):
         baselines.append(cached(f"data-{i}", key, real_baseline, n, data, train_x))
-    table = "| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS) + "\n"
+    rows = []
     for i, name in enumerate(("training images, grey", "training images, binarised")):
-        table += row(name, baselines[i], baselines[i]["Frechet"])
+        rows.append(cells(name, baselines[i], baselines[i]["Frechet"]))
     for script in args.scripts:
         binary = script not in GREY
         paths = [Path(f"out/{script}{kind}/model.pt") for kind in ("", "-labels")]
         times = [path.stat().st_mtime for path in paths if path.exists()]
         figures = cached(script, [*key, *times], measure, script, n, sets[binary], test_x, device)
-        table += row(script, figures, baselines[binary]["Frechet"])
-        print(table.split("\n")[-2], flush=True)
+        rows.append(cells(script, figures, baselines[binary]["Frechet"]))
+        print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     where = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
-    table += f"\n{n:,} samples of each model; torch {torch.__version__}, {where}.\n"
+    note = f"{n:,} samples of each model; torch {torch.__version__}, {where}."
     if not whole:
-        print(table)
+        print(table(rows, LONG) + "\n" + note)
         return
-    pictures(args.readme.parent / "assets", test_x, device)
-    text = args.readme.read_text()  # only now: it may have been edited in the meantime
-    before, after = text.split(START)[0], text.split(END)[1]
-    args.readme.write_text(before + START + "\n" + table + "\n" + END + after)
-    print(f"wrote {args.readme} and {args.readme.parent / 'assets'}")
+    pictures(args.root / "assets", test_x, device)
+    for path, columns in zip(readmes, (SHORT, LONG)):
+        write_between(path, table(rows, columns) + "\n" + note + "\n")
+    print(f"wrote {readmes[0]}, {readmes[1]} and {args.root / 'assets'}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-SCRIPTS = "rnn made wavenet pixelcnn gatedcnn transformer vae vqvae gan diffusion".split()
+SCRIPTS = "made pixelcnn gatedcnn rnn wavenet transformer vae vqvae gan diffusion".split()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -45,10 +45,12 @@ def test_compare_fills_the_readme_and_goes_on(monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "SCRIPTS", ["vqvae", "gan"])
     limited = [data[:n] for data, n in zip(IMAGES, (300, 300, 200, 200))]
     monkeypatch.setattr(compare, "load_mnist", lambda *_, **__: limited)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{compare.START}old\n{compare.END}after\n")
+    (tmp_path / "bench").mkdir()
+    readmes = [tmp_path / "README.md", tmp_path / "bench/README.md"]
+    for path in readmes:
+        path.write_text(f"before\n{compare.START}old\n{compare.END}after\n")
     with pytest.raises(SystemExit, match="no out/vqvae/model.pt"):
-        compare.main(["--readme", str(readme)])
+        compare.main(["--root", str(tmp_path)])
     for folder, n_classes in (("vqvae", 0), ("gan", 0), ("gan-labels", 10)):
         name = folder.split("-")[0]
         model = tiny(name, n_classes=n_classes)
@@ -59,24 +61,34 @@ def test_compare_fills_the_readme_and_goes_on(monkeypatch, tmp_path):
         torch.save(state, f"out/{folder}/model.pt")
         for title in ("samples", "samples_0001", "samples_0002", "samples_0003"):
             common.save_images(model.eval().sample(10), f"out/{folder}/{title}.png")
-    compare.main(["--readme", str(readme), "--samples", "100"])
-    text = readme.read_text()
-    assert text.startswith("before\n" + compare.START)
-    assert text.endswith(compare.END + "after\n")
-    rows = [line.split(" | ") for line in text.split("\n") if line.startswith("| ")]
-    assert [len(row) for row in rows] == [14] * 5  # the names, two sorts of data, two models
-    assert rows[1][8] == rows[2][8] == "1.0"  # ratios
-    assert float(rows[4][8]) > 10
-    assert rows[4][13].endswith("% |")
-    assert "%" not in rows[3][13]
-    assert rows[3][2:4] == ["3", "3"]
+    compare.main(["--root", str(tmp_path), "--samples", "100"])
+    texts = [path.read_text() for path in readmes]
+    for text, columns in zip(texts, (compare.SHORT, compare.LONG)):
+        assert text.startswith("before\n" + compare.START)
+        assert text.endswith(compare.END + "after\n")
+        lines = [line for line in text.split("\n") if line.startswith("| ")]
+        names, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        assert names == list(columns)
+        assert len(rows) == 4  # two sorts of data, two models
+        rows = [dict(zip(names, row)) for row in rows]
+        assert [row["model"] for row in rows[2:]] == ["vqvae.py", "gan.py"]
+        assert rows[0]["ratio"] == rows[1]["ratio"] == "1.0"
+        ratios = [float(row["ratio"].strip("*")) for row in rows[2:]]
+        assert min(ratios) > 10
+        assert [row["ratio"].startswith("**") for row in rows[2:]] == [
+            r == min(ratios) for r in ratios
+        ]
+        assert rows[2]["nats"].startswith("**< ") and not rows[3]["nats"]
+    assert rows[3]["labels"].endswith("%") and not rows[2]["labels"]
+    assert rows[2]["epochs"] == "3" and rows[2]["s/epoch"].strip("*") == "3"
+    assert 0 < float(rows[2]["brightness"]) < 1
     with Image.open("assets/samples.png") as samples, Image.open("assets/progress.gif") as progress:
         assert samples.size == (374, 92)
         assert progress.n_frames > 1
     assert Path("assets/codes.gif").stat().st_size < 1_000_000
     monkeypatch.setattr(compare, "measure", None)  # all is kept
-    compare.main(["--readme", str(readme), "--samples", "100"])
-    assert readme.read_text() == text
+    compare.main(["--root", str(tmp_path), "--samples", "100"])
+    assert [path.read_text() for path in readmes] == texts
 
 
 def test_train_all_plans_and_goes_on(monkeypatch, tmp_path):
