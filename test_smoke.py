@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from PIL import Image
 import common
 
 ROOT = Path(__file__).parent
-SCRIPTS = "rnn made wavenet pixelcnn gatedcnn transformer vae vqvae gan diffusion".split()
+SCRIPTS = "made pixelcnn gatedcnn rnn wavenet transformer vae vqvae gan diffusion".split()
 
 
 def run(monkeypatch, capsys, name, *flags):
@@ -103,6 +104,26 @@ def test_readme_commands(monkeypatch, capsys, tmp_path):
         run(monkeypatch, capsys, name, *flags)
         ran += 1
     assert ran > 5
+
+
+def test_readme_trains_with_two_processes(tmp_path):
+    """Its example of DistributedDataParallel, as written but for its length and size."""
+    code = re.search(r"```python\n(# train_ddp.py.*?)```", (ROOT / "README.md").read_text(), re.S)[
+        1
+    ]
+    code = code.replace("range(1, 101)", "range(1, 21)").replace("hidden=400", "hidden=20")
+    (tmp_path / "train_ddp.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", "train_ddp.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment["OMP_NUM_THREADS"] = "1"
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^step 20 \| loss \d+\.\d$", result.stdout, re.M)
+    model = __import__("made").MADE(hidden=20)
+    model.load_state_dict(torch.load(tmp_path / "ddp.pt", weights_only=True))
 
 
 def test_ci_runs_the_commands_of_the_readme():
