@@ -62,9 +62,8 @@ Maths
 Shapes
   x (B, 1, 28, 28): loss takes grey levels in [0, 1], the networks see binary pixels: a grey level
   of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
-  binarisation). mu, logvar, z (B, z_dim); logits like x. size: a multiple of 4, as each patch of 4
-  x 4
-  pixels is folded into 16 channels.
+  binarisation). mu, logvar, z (B, z_dim); logits like x. size: a multiple of 4, as the image
+  is halved twice.
 
 What to expect
   All figures are in nats per image: summed over the pixels and over z, then averaged over images.
@@ -111,11 +110,12 @@ class ResBlock(nn.Module):
 class VAE(nn.Module):
     """Encoder q(z | x), decoder p(x | z), and the bound that trains both.
 
-    channels: of the convolutions; hidden: units between them and z; z_dim: numbers in z; n_embd:
-    numbers in the vector of a label; size: pixels per side; n_classes: number of labels, or 0
+    channels: at 14 x 14, twice as many at 7 x 7; hidden: units between these and z; z_dim: numbers
+    in z; n_embd: numbers in the vector of a label; size: pixels per side; n_classes: number of
+    labels, or 0
     """
 
-    def __init__(self, *, channels=64, hidden=512, z_dim=32, n_embd=16, size=28, n_classes=10):
+    def __init__(self, *, channels=32, hidden=512, z_dim=32, n_embd=16, size=28, n_classes=10):
         super().__init__()
         if min(channels, hidden, z_dim, n_embd) < 1 or n_classes < 0:
             raise ValueError("channels, hidden, z_dim, n_embd must be >= 1, n_classes >= 0")
@@ -124,16 +124,20 @@ class VAE(nn.Module):
         self.size = size
         self.n_classes = n_classes
         self.z_dim = z_dim
-        self.grid = (channels, size // 4, size // 4)
+        self.grid = (2 * channels, size // 4, size // 4)
         n_grid = math.prod(self.grid)
         self.label = nn.Embedding(n_classes + 1, n_embd)  # the last entry is "no label"
-        self.stem = nn.Conv2d(16, channels, 3, padding=1)  # 16: the pixels of a 4 x 4 patch
-        self.encoder = ResBlock(channels, n_embd)
+        self.stem = nn.Conv2d(4, channels, 3, padding=1)  # 4: the pixels of a 2 x 2 patch
+        self.encoder_outer = ResBlock(channels, n_embd)
+        self.down = nn.Conv2d(channels, 2 * channels, 2, stride=2)
+        self.encoder_inner = ResBlock(2 * channels, n_embd)
         to_z = nn.Linear(hidden, 2 * z_dim)  # mu and logvar
         self.shrink = nn.Sequential(nn.Linear(n_grid, hidden), nn.SiLU(), to_z)
         self.expand = nn.Sequential(nn.Linear(z_dim, hidden), nn.SiLU(), nn.Linear(hidden, n_grid))
-        self.decoder = ResBlock(channels, n_embd)
-        self.head = nn.Conv2d(channels, 16, 3, padding=1)
+        self.decoder_inner = ResBlock(2 * channels, n_embd)
+        self.up = nn.ConvTranspose2d(2 * channels, channels, 2, stride=2)
+        self.decoder_outer = ResBlock(channels, n_embd)
+        self.head = nn.Conv2d(channels, 4, 3, padding=1)
 
     def embed(self, x, y):
         """A vector for each label in y (B,), or for "no label" if y is None; x supplies B."""
@@ -143,15 +147,19 @@ class VAE(nn.Module):
 
     def encode(self, x, y=None):
         """x (B, 1, H, W) in {0, 1} -> mu, logvar (B, z_dim) of q(z | x)."""
-        patches = F.pixel_unshuffle(2 * x - 1, 4)  # (B, 16, 7, 7): the 4 x 4 pixels of each patch
-        h = self.encoder(self.stem(patches), self.embed(x, y))  # (B, C, 7, 7)
+        emb = self.embed(x, y)
+        h = self.stem(F.pixel_unshuffle(2 * x - 1, 2))  # (B, 4, 14, 14) -> (B, C, 14, 14)
+        h = self.down(self.encoder_outer(h, emb))  # (B, 2 C, 7, 7)
+        h = self.encoder_inner(h, emb)
         return self.shrink(F.silu(h).flatten(1)).type_as(x).chunk(2, dim=1)
 
     def decode(self, z, y=None):
         """z (B, z_dim) -> logits (B, 1, H, W) of p(x | z)."""
-        h = self.expand(z).view(-1, *self.grid)  # (B, C, 7, 7)
-        patches = self.head(F.silu(self.decoder(h, self.embed(z, y))))  # (B, 16, 7, 7)
-        return F.pixel_shuffle(patches, 4).type_as(z)  # (B, 1, 28, 28)
+        emb = self.embed(z, y)
+        h = self.decoder_inner(self.expand(z).view(-1, *self.grid), emb)  # (B, 2 C, 7, 7)
+        h = self.decoder_outer(self.up(h), emb)  # (B, C, 14, 14)
+        logits = F.pixel_shuffle(self.head(F.silu(h)), 2)  # (B, 4, 14, 14) -> (B, 1, 28, 28)
+        return logits.type_as(z)  # from bfloat16, under autocast
 
     def forward(self, x, y=None):  # x in {0, 1} -> logits like x; mu, logvar (B, z_dim)
         mu, logvar = self.encode(x, y)
@@ -159,8 +167,8 @@ class VAE(nn.Module):
         return self.decode(z, y), mu, logvar
 
     def hidden_weights(self):
-        """The weights of the convolutions in the blocks, which Muon trains."""
-        blocks = [self.encoder, self.decoder]
+        """The matrices in the residual blocks, which Muon trains."""
+        blocks = [self.encoder_outer, self.encoder_inner, self.decoder_inner, self.decoder_outer]
         return [weight for block in blocks for weight in block.parameters() if weight.ndim > 1]
 
     def loss(self, x, y=None):
@@ -250,7 +258,7 @@ NAME = "vae"  # of this script, its folder in out/, and the origin of its checkp
 Model = VAE
 EPOCHS = 30
 BATCH_SIZE = 64
-LR = 2e-3
+LR = 4e-3
 
 
 def learning_rate(step, total_steps, peak):

@@ -217,14 +217,14 @@ def codes(test_x):
 def denoising(test_x):
     _, model, _ = load("diffusion", "diffusion", "cpu")
     torch.manual_seed(0)
+    noise = torch.randn(1, 1, 28, 28)
     frames = []
-    model.move(torch.randn(1, 1, 28, 28), 1, 0, 50, fresh=0.25, frames=frames)
+    model.move(noise, 1, 0, 50, fresh=0.25, frames=frames)
+    x_ts = [noise] + [x for x, _ in frames]  # at the start of each step, and at the end
     steps = [0, 4, 9, 14, 19, 24, 29, 34, 39, 44, 49]
     figure, axes = plt.subplots(2, len(steps), figsize=(11, 2.4))
     for column, i in enumerate(steps):
-        before = frames[i - 1][0] if i > 0 else None
-        x_t = before if before is not None else frames[0][0]
-        axes[0, column].imshow(x_t[0, 0], cmap="gray", vmin=-1.5, vmax=1.5)
+        axes[0, column].imshow(x_ts[i][0, 0], cmap="gray", vmin=-1.5, vmax=1.5)
         axes[1, column].imshow(frames[i][1][0, 0], cmap="gray", vmin=-1, vmax=1)
         axes[0, column].set_title(f"t = {1 - i / 50:.2f}", fontsize=9)
     for ax in axes.flat:

@@ -18,7 +18,7 @@ SIZES = {
     "pixelcnn": dict(channels=8, n_layer=3),
     "gatedcnn": dict(channels=8, n_layer=3),
     "transformer": dict(n_embd=16, n_head=2, n_layer=1),
-    "vae": dict(channels=16, hidden=64, z_dim=8),
+    "vae": dict(channels=8, hidden=64, z_dim=8),
     "vqvae": dict(channels=16, code_dim=4, n_codes=8, n_embd=16, n_layer=1),
     "gan": dict(channels=8, z_dim=16),
     "diffusion": dict(channels=8, n_inner=1, n_embd=32),
