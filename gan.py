@@ -14,18 +14,18 @@ Idea
   more real, and backpropagation carries that on to G's weights. D and G take turns. If even the
   best D can do no better than flip a coin, fakes are distributed as the data are.
   A sample takes one pass, and it is sharp, because any blur would give a fake away.
-  The price: there is no p(x), and nothing that falls when it gets better. It is a game of two
-  players, which may go round in circles, or end with a winner, or collapse: as any fake that fools
-  D will do, G may make few kinds of digits and leave out the others.
+  The price: how probable an image is remains unknown, and no loss falls as fakes get better. It is
+  a game of two players, which may go round in circles, or end with a winner, or collapse: as any
+  fake that fools D will do, G may make few kinds of digits and leave out the others.
 
 Maths
   z ~ N(0, 1). D(x) is a logit: D's probability that x is real is sigmoid(D(x)).
       d_loss = E[ -log sigmoid(D(x)) ] + E[ -log(1 - sigmoid(D(G(z)))) ] + gamma / 2 r1
       g_loss = E[ -log sigmoid(D(G(z))) ]
   The first two terms of d_loss are the cross-entropy of a classifier of two classes, seen equally
-  often. At a given x they are -p_data(x) log s - p_fake(x) log(1 - s), with s = sigmoid(D(x)). The
-  derivative is 0 where s = p_data(x) / (p_data(x) + p_fake(x)), so the best D is, but for the
-  penalty,
+  often. As an integral over x, they are that of -p_data(x) log s - p_fake(x) log(1 - s), s =
+  sigmoid(D(x)). The derivative is 0 where s = p_data(x) / (p_data(x) + p_fake(x)), so the best D
+  is, but for the penalty,
       D(x) = log( p_data(x) / p_fake(x) ).
   It measures how the two distributions differ at x, and is 0 everywhere if, and only if, they are
   equal. As long as they are not, G follows D uphill, to where data are more probable than fakes.
@@ -38,7 +38,8 @@ Maths
   back.
   Sampling. z ~ N(0, 1), then x = G(z).
   Labels. With --class-cond, G adds an embedding of the label to z, and D has a logit for each label
-  and uses the one for the given label. For one image in ten that is "no label".
+  and uses the one for the given label. In training, one label in ten is replaced by "no label",
+  which has an embedding and a logit of its own.
 
 Shapes
   x (B, 1, 28, 28) in [0, 1] outside, [-1, 1] inside; z (B, z_dim); logits of D (B,). size: a
@@ -144,7 +145,7 @@ class GAN(nn.Module):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> the discriminator's loss, metrics."""
         self.check(x, y)
         y = self.labels(len(x), y)
-        if self.training:  # hide 1 label in 10, to learn p(x) as well
+        if self.training:  # hide 1 label in 10, to draw without one as well
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         with torch.no_grad():  # it is not the generator's turn
             x_fake = self(y)
@@ -164,7 +165,7 @@ class GAN(nn.Module):
     def g_loss(self, x, y=None):
         """The generator's loss, metrics; of x only the number of images counts, a fake for each."""
         y = self.labels(len(x), y)
-        if self.training:  # hide 1 label in 10, to learn p(x) as well
+        if self.training:  # hide 1 label in 10, to draw without one as well
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         loss = F.softplus(-self.discriminator(self(y), y)).mean()
         return loss, {"g_loss": loss.detach()}

@@ -5,9 +5,9 @@
 Van den Oord et al. 2016, arXiv:1606.05328; fast sampling: Ramachandran et al. 2017,
 arXiv:1704.06001. Differences from the paper: the image is shifted once instead of masking kernels;
 each layer also feeds the output directly (skip, as in WaveNet); labels enter before the first
-layer, not in each gate; embeddings of row and column; pixels drawn anew in each epoch (see Shapes);
-matrices trained by Muon (see the train section); the weights that are tested are a running average
-of those in training (EMA).
+layer, not in each gate; embeddings of row and column; images made binary anew in each epoch (see
+Shapes); inner matrices trained by Muon (see the train section); the weights that are tested are a
+running average of those in training (EMA).
 
 Idea
   Like PixelCNN (read pixelcnn.py first), this predicts each pixel from those before it, row by row,
@@ -28,9 +28,10 @@ Maths
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
   x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
-  exactly; each term is the binary cross-entropy of a pixel. Its expected value is smallest if the
-  model's p is that of the data: the gap is their KL divergence, which is never negative. A layer,
-  where gated(pair) = tanh(value) * sigmoid(gate), value and gate being the halves of pair:
+  computed exactly, not bounded; each term is the binary cross-entropy of a pixel. Over the data,
+  the mean of nll exceeds the data's own entropy by KL(data || model), which is 0 only if p is their
+  p. A layer, where gated(pair) = tanh(value) * sigmoid(gate), value and gate being the halves of
+  pair:
       pair = vertical(v)
       mix = gated(horizontal(h) + v_to_h(pair))
       v <- gated(pair),   h <- h + out(mix)
@@ -40,13 +41,14 @@ Maths
   sides and up, and include their own row: at X, v goes on knowing rows above X only. h is given the
   image moved to the right by one pixel, and its kernels, 1 x (k // 2 + 1), reach to the left and
   include their own place.
-        v v v v v      What the kernels for k = 5 cover of the image: v's, 3 rows, end in the row
+        v v v v v      What kernels with k = 5 would cover of the image: v's, 3 rows, end in the row
         v v v v v      above X, as its image was moved down; h's end left of X, as its image was
         v v v v v      moved to the right.
       h h h X
   No blind spot. A layer of v includes its own row, so each layer extends the view to the sides
-  within the row above X, too. With the default sizes, X is predicted from 4 + 4 * 2 = 12 rows and,
-  in each, from 3 + 4 * 2 = 11 pixels to either side. A part of it:
+  within the row above X, too. With the default sizes, X is predicted from 12 rows above (4 from the
+  first convolution, 2 from each of 4 layers), in each 11 pixels to either side (3 + 4 * 2), and
+  from 11 pixels on its left. A part of that:
       # # # # # # # # # # # # # #
       # # # # # # # # # # # # # #
       # # # # # X
@@ -54,8 +56,8 @@ Maths
   pixel. Caches keep what later steps read, so the 784 steps together take about as much
   arithmetic as one pass over the
   image; but one after the other, so they are slow.
-  Each pixel is drawn with its probability: always taking the likelier value, which is almost always
-  black, gives a blank image.
+  Each pixel is drawn with its probability: always taking the likelier value, which after black
+  pixels is black, gives a blank image.
   Labels. With --class-cond, an embedding of the label is added to every vector of v after the first
   convolution, and for one training image in ten that of "no label" instead, so that one model
   learns both p(x | y) and p(x). Sampling may exaggerate what the label adds (guidance):
@@ -69,10 +71,10 @@ Shapes
 
 What to expect
   nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
-  same in bits per pixel. Probability 1/2 for every pixel gives 784 log 2 = 543; the share of
-  training images in which each pixel is white, 206. If every prediction saw its own pixel, because
-  of a wrong shift, the nll would fall to about 0; if only some pixels leak, it is just too good to
-  be true.
+  same in bits per pixel. Probability 1/2 for every pixel gives 784 log 2 = 543; predicting each
+  pixel by how often it is white in the training images, 206. If every prediction saw its own pixel,
+  because of a wrong shift, the nll would fall to about 0; if only some pixels leak, it is just too
+  good to be true.
 """
 
 import argparse
@@ -221,7 +223,7 @@ class GatedPixelCNN(nn.Module):
             cache["h"][b][:, :, pad + c] = h[:, :, 0]
             padded_h = cache["h"][b][
                 :, :, c : c + pad + 1
-            ]  # what is further right is of the last row
+            ]  # what is further right is left from the row before
             change, skip = block.forward_h(padded_h, cache["from_v"][b][:, :, c : c + 1])
             h = h + change  # (B, 1, 1, channels)
             skips = skips + skip
@@ -232,7 +234,7 @@ class GatedPixelCNN(nn.Module):
         return [weight for weight in self.blocks.parameters() if weight.ndim > 1]
 
     def loss(self, x, y=None):
-        """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x | y), nats/image, {"nll", "bpd"}."""
         self.check(x, y)
         x = torch.bernoulli(x)
         if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well

@@ -4,8 +4,8 @@
 
 Germain et al. 2015, arXiv:1502.03509. Differences from the paper: residual blocks (Nash and Durkan
 2019, arXiv:1904.05626); one order of the pixels where the paper averages over several; hidden units
-sorted, with evenly spread degrees (see Masks) and not random ones; pixels drawn anew in each epoch
-(see Shapes); the weights that are tested are a running average of those in training (EMA).
+sorted, with evenly spread degrees (see Masks) and not random ones; images made binary anew in each
+epoch (see Shapes); the weights that are tested are a running average of those in training (EMA).
 
 Idea
   A generative model of images draws new ones, and many, like this one, also say how probable a
@@ -31,8 +31,8 @@ Maths
   The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
   exactly. For q = sigmoid(logits_i), a term is -log q if x_i = 1 and -log(1 - q) if x_i = 0: the
-  binary cross-entropy of a pixel. The expected value of nll is smallest if the model's p is that of
-  the data: the gap is their KL divergence, which is never negative.
+  binary cross-entropy of a pixel. Over the data, the mean of nll exceeds the data's own entropy by
+  KL(data || model), which is 0 only if p is their p.
   Masks. Give each hidden unit a degree m: it may see the pixels 0 to m - 1. Pixel i has degree i +
   1 as an input, output i has degree i (so that it sees earlier pixels only), and one rule masks
   every layer:
@@ -57,8 +57,8 @@ Maths
   by degree, they form a slice. So step i computes this slice in each layer and nothing twice, and
   the 784 steps together take no more arithmetic than one pass; but one after the other, so they are
   slow.
-  Each pixel is drawn with its probability: always taking the likelier value, which is almost always
-  black, gives a blank image.
+  Each pixel is drawn with its probability: always taking the likelier value, which after black
+  pixels is black, gives a blank image.
   Labels. With --class-cond, the embedding of the label is added to the hidden units, and for one
   training image in ten that of "no label" instead, so that one model learns both p(x | y) and p(x).
   Sampling may exaggerate what the label adds (guidance):
@@ -71,10 +71,10 @@ Shapes
 
 What to expect
   nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
-  same in bits per pixel. Probability 1/2 for every pixel gives 784 log 2 = 543; the share of
-  training images in which each pixel is white, 206. If every prediction saw its own pixel, because
-  of a wrong mask, the nll would fall to about 0; if only some pixels leak, it is just too good to
-  be true.
+  same in bits per pixel. Probability 1/2 for every pixel gives 784 log 2 = 543; predicting each
+  pixel by how often it is white in the training images, 206. If every prediction saw its own pixel,
+  because of a wrong mask, the nll would fall to about 0; if only some pixels leak, it is just too
+  good to be true.
 """
 
 import argparse
@@ -194,7 +194,7 @@ class MADE(nn.Module):
         return []
 
     def loss(self, x, y=None):
-        """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x | y), nats/image, {"nll", "bpd"}."""
         self.check(x, y)
         x = torch.bernoulli(x)
         if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well

@@ -5,9 +5,9 @@
 Van den Oord et al. 2016, arXiv:1601.06759; fast sampling: Ramachandran et al. 2017,
 arXiv:1704.06001. Differences from the paper: masked 5 x 5 convolutions where it has 3 x 3, without
 the rows below the centre, which would be all zeros; embeddings of row and column, so that a
-prediction can depend on where it is; pixels
-drawn anew in each epoch (see Shapes); matrices trained by Muon (see the train section); the weights
-that are tested are a running average of those in training (EMA).
+prediction can depend on where it is; images made
+binary anew in each epoch (see Shapes); inner matrices trained by Muon (see the train section); the
+weights that are tested are a running average of those in training (EMA).
 
 Idea
   Take an image as a sequence of pixels, row by row, and predict each pixel from those before it
@@ -17,30 +17,31 @@ Idea
   its answer and what comes after it. PixelCNN sets the weights for these to zero: the mask.
   Training knows the whole image and makes all 784 predictions in one pass. Sampling takes 784
   steps, as pixel i has to be drawn before pixel i + 1 can be predicted.
-  The price: what lies to the upper right of a pixel stays partly out of sight, the blind spot
-  below.
+  The price of the masks: what lies to the upper right of a pixel stays partly out of sight, the
+  blind spot below.
 
 Maths
       p(x) = p(x_0) p(x_1 | x_0) p(x_2 | x_0, x_1) ... = prod_i p(x_i | x_<i)    (the chain rule)
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
   x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
-  exactly; each term is the binary cross-entropy of a pixel. Its expected value is smallest if the
-  model's p is that of the data: the gap is their KL divergence, which is never negative.
+  computed exactly, not bounded; each term is the binary cross-entropy of a pixel. Over the data,
+  the mean of nll exceeds the data's own entropy by KL(data || model), which is 0 only if p is their
+  p.
   Masks. A kernel is centred on the pixel X that is predicted. The mask keeps the weights for the
   rows above and those for the left part of its own row. There are two masks, which differ in the
   centre m, here for a kernel of 3 x 3:
       1 1 1     A: m = 0, in the first layer. It reads pixels, and pixel X is the answer.
-      1 m 0     B: m = 1, in all others. They read vectors that the first layer has made, and the
-      0 0 0     vector at X knows nothing of pixel X: mask A has kept it out.
+      1 m 0     B: m = 1, in all others. They read the vectors of the layer before, and the one at
+      0 0 0     X knows nothing of pixel X: mask A has kept it out.
   Receptive field: the pixels that a prediction depends on. It grows with each layer: here by 3
   pixels in the first layer (7 x 7) and by 2 in each of the six others (5 x 5), so to 15 pixels on
   the left, and 15 rows above.
   Blind spot. A layer can move information to the left only while it moves it down: in its own row,
   it reads what is on the left only. It moves it by 3 columns at most if it is the first layer, by 2
   if it is another. From the row above X there is one such move, so what is more than 3 columns to
-  the right is out of sight; from the row a above there are a, which makes 3 + 2 (a - 1) = 2 a + 1
-  columns:
+  the right is out of sight; from a rows above there are up to a, which makes 3 + 2 (a - 1) = 2 a +
+  1 columns (at most 15, with 7 layers):
       # # # # # # # # # # # . . .     X is predicted from every #,
       # # # # # # # # # . . . . .     but from no dot. gatedcnn.py shows
       # # # # # X                     the way out.
@@ -48,8 +49,8 @@ Maths
   around it. A cache keeps those of the earlier steps, so nothing is computed twice, and
   the 784 steps together take about as much arithmetic as one pass over the
   image; but one after the other, so they are slow.
-  Each pixel is drawn with its probability: always taking the likelier value, which is almost always
-  black, gives a blank image.
+  Each pixel is drawn with its probability: always taking the likelier value, which after black
+  pixels is black, gives a blank image.
   Labels. With --class-cond, an embedding of the label is added to every pixel's vector after the
   first layer, and for one training image in ten that of "no label" instead, so that one model
   learns both p(x | y) and p(x). Sampling may exaggerate what the label adds (guidance):
@@ -63,10 +64,10 @@ Shapes
 
 What to expect
   nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
-  same in bits per pixel. Probability 1/2 for every pixel gives 784 log 2 = 543; the share of
-  training images in which each pixel is white, 206. If every prediction saw its own pixel, because
-  of a wrong mask, the nll would fall to about 0; if only some pixels leak, it is just too good to
-  be true.
+  same in bits per pixel. Probability 1/2 for every pixel gives 784 log 2 = 543; predicting each
+  pixel by how often it is white in the training images, 206. If every prediction saw its own pixel,
+  because of a wrong mask, the nll would fall to about 0; if only some pixels leak, it is just too
+  good to be true.
 """
 
 import argparse
@@ -136,8 +137,8 @@ class Bottleneck(nn.Module):
 class PixelCNN(nn.Module):
     """A stack of masked convolutions over the image.
 
-    channels: half of the numbers in a pixel's vector; n_layer: bottlenecks; kernel: their width, an
-    odd number of pixels; size: pixels per side; n_classes: number of labels, or 0
+    channels: half of the numbers in a pixel's vector; n_layer: bottlenecks; kernel: the side of
+    their convolution kernels, odd; size: pixels per side; n_classes: number of labels, or 0
     """
 
     def __init__(self, *, channels=32, n_layer=6, kernel=5, size=28, n_classes=10):
@@ -197,7 +198,7 @@ class PixelCNN(nn.Module):
         return [weight for weight in self.blocks.parameters() if weight.ndim > 1]
 
     def loss(self, x, y=None):
-        """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x | y), nats/image, {"nll", "bpd"}."""
         self.check(x, y)
         x = torch.bernoulli(x)
         if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well

@@ -5,9 +5,9 @@
 Van den Oord et al. 2016, arXiv:1601.06759; LSTM: Hochreiter and Schmidhuber 1997; its forget gate:
 Gers, Schmidhuber and Cummins 2000. Differences from the paper: an LSTM along the pixels in raster
 order, where the paper has LSTMs that process a whole row or diagonal at once; a convolution at the
-input that shows the last 87 pixels; layer norms; embeddings of row and column; pixels drawn anew in
-each epoch (see Shapes); matrices trained by Muon (see the train section); the weights that are
-tested are a running average of those in training (EMA).
+input that shows the last 87 pixels; layer norms; embeddings of row and column; images made binary
+anew in each epoch (see Shapes); inner matrices trained by Muon (see the train section); the weights
+that are tested are a running average of those in training (EMA).
 
 Idea
   Take an image as a sequence of pixels, row by row, and predict each pixel from those before it
@@ -31,8 +31,9 @@ Maths
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
   x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
-  exactly; each term is the binary cross-entropy of a pixel. Its expected value is smallest if the
-  model's p is that of the data: the gap is their KL divergence, which is never negative.
+  computed exactly, not bounded; each term is the binary cross-entropy of a pixel. Over the data,
+  the mean of nll exceeds the data's own entropy by KL(data || model), which is 0 only if p is their
+  p.
   Tokens. Token i is the input vector of step i: the sum of what the convolution `stem` makes of the
   87 pixels before pixel i, and of embeddings of row and column, which say where in the image it
   stands. An LSTM has two states, vectors of n_embd numbers: the memory c, and h, what it shows of
@@ -48,8 +49,8 @@ Maths
   and adds its own h; a linear layer computes the logit from the last sum (normalised).
   Sampling. Step i + 1 needs the states after step i and the last 87 pixels, nothing else of the
   past.
-  Each pixel is drawn with its probability: always taking the likelier value, which is almost always
-  black, gives a blank image.
+  Each pixel is drawn with its probability: always taking the likelier value, which after black
+  pixels is black, gives a blank image.
   Labels. With --class-cond, an embedding of the label is added to every token, and for one training
   image in ten that of "no label" instead, so that one model learns both p(x | y) and p(x). Sampling
   may exaggerate what the label adds (guidance):
@@ -63,10 +64,10 @@ Shapes
 
 What to expect
   nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
-  same in bits per pixel. Probability 1/2 for every pixel gives 784 log 2 = 543; the share of
-  training images in which each pixel is white, 206. If every prediction saw its own pixel, because
-  of a wrong shift, the nll would fall to about 0; if only some pixels leak, it is just too good to
-  be true.
+  same in bits per pixel. Probability 1/2 for every pixel gives 784 log 2 = 543; predicting each
+  pixel by how often it is white in the training images, 206. If every prediction saw its own pixel,
+  because of a wrong shift, the nll would fall to about 0; if only some pixels leak, it is just too
+  good to be true.
 """
 
 import argparse
@@ -156,7 +157,7 @@ class PixelRNN(nn.Module):
         return [weight for weight in self.layers.parameters() if weight.ndim > 1]
 
     def loss(self, x, y=None):
-        """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x | y), nats/image, {"nll", "bpd"}."""
         self.check(x, y)
         x = torch.bernoulli(x)
         if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well

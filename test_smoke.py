@@ -123,7 +123,8 @@ def test_readme_trains_with_two_processes(tmp_path):
     assert result.returncode == 0, result.stderr
     assert re.search(r"^step 20 \| loss \d+\.\d$", result.stdout, re.M)
     model = __import__("made").MADE(hidden=20)
-    model.load_state_dict(torch.load(tmp_path / "ddp.pt", weights_only=True))
+    saved = torch.load(tmp_path / "ddp.pt", weights_only=True)
+    model.load_state_dict(saved["model"])
 
 
 def test_ci_runs_the_commands_of_the_readme():

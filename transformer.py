@@ -3,10 +3,10 @@
     python transformer.py --epochs 1
 
 Vaswani et al. 2017, arXiv:1706.03762; on pixels: Chen et al. 2020 (Image GPT). Differences from the
-2017 paper: decoder only, as in GPT; layer norms, without weights, before each layer and on queries
-and keys; squared ReLU; no biases in the blocks, no dropout; a convolution at the input; learned
-embeddings of row and column; matrices trained by Muon (see the train section); the weights that are
-tested are a running average of those in training (EMA).
+2017 paper: decoder only, as in GPT; layer norms, without weights, before attention, MLP and output,
+and on queries and keys; squared ReLU; no biases in the blocks, no dropout; a convolution at the
+input; learned embeddings of row and column; inner matrices trained by Muon (see the train section);
+the weights that are tested are a running average of those in training (EMA).
 
 Idea
   Take an image as a sequence of pixels, row by row, and predict each pixel from those before it
@@ -31,14 +31,14 @@ Maths
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
   x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
-  exactly; each term is the binary cross-entropy of a pixel. Its expected value is smallest if the
-  model's p is that of the data: the gap is their KL divergence, which is never negative. Attention,
-  for queries q, keys k and values v of d numbers each:
+  computed exactly, not bounded; each term is the binary cross-entropy of a pixel. Over the data,
+  the mean of nll exceeds the data's own entropy by KL(data || model), which is 0 only if p is their
+  p. Attention, for queries q, keys k and values v of d numbers each:
       attention_i = sum_{j <= i} w_ij v_j,   w_ij = softmax_j(q_i k_j / sqrt(d)) over j <= i
   The softmax makes the weights w_ij positive, with a sum of 1 for each i. Layer
   norm gives q and k a length of sqrt(d), and for random directions q_i k_j is then of order
-  sqrt(d). Without the division, the softmax would start out with all the weight on one j, and
-  hardly learn.
+  sqrt(d). Without the division, the softmax would start out with most of the weight on one j or a
+  few, which slows learning.
   With n_head > 1, the vectors are split into several heads, of d = n_embd / n_head numbers each,
   that attend independently. A block adds to each token, first, what attention has collected; then,
   what a small network, the MLP, makes of the token alone.
@@ -47,8 +47,8 @@ Maths
   i - 1.
   Sampling. A pixel that is drawn later changes nothing about earlier tokens: their keys and values
   can be kept in a cache. Step i computes token i alone, and compares its query with the kept keys.
-  Each pixel is drawn with its probability: always taking the likelier value, which is almost always
-  black, gives a blank image.
+  Each pixel is drawn with its probability: always taking the likelier value, which after black
+  pixels is black, gives a blank image.
   Labels. With --class-cond, an embedding of the label is added to every token, and for one training
   image in ten that of "no label" instead, so that one model learns both p(x | y) and p(x). Sampling
   may exaggerate what the label adds (guidance):
@@ -61,10 +61,10 @@ Shapes
 
 What to expect
   nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
-  same in bits per pixel. Probability 1/2 for every pixel gives 784 log 2 = 543; the share of
-  training images in which each pixel is white, 206. If every prediction saw its own pixel, because
-  of a wrong shift, the nll would fall to about 0; if only some pixels leak, it is just too good to
-  be true.
+  same in bits per pixel. Probability 1/2 for every pixel gives 784 log 2 = 543; predicting each
+  pixel by how often it is white in the training images, 206. If every prediction saw its own pixel,
+  because of a wrong shift, the nll would fall to about 0; if only some pixels leak, it is just too
+  good to be true.
 """
 
 import argparse
@@ -120,7 +120,7 @@ class Block(nn.Module):
 class PixelTransformer(nn.Module):
     """Causal self-attention over the pixels in raster order.
 
-    n_embd: numbers in a token; n_head: heads, each of n_embd / n_head of them; n_layer: blocks;
+    n_embd: numbers in a token; n_head: heads, each of n_embd / n_head numbers; n_layer: blocks;
     size: pixels per side; n_classes: number of labels, or 0
     """
 
@@ -187,7 +187,7 @@ class PixelTransformer(nn.Module):
         return [weight for weight in self.blocks.parameters() if weight.ndim > 1]
 
     def loss(self, x, y=None):
-        """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x | y), nats/image, {"nll", "bpd"}."""
         self.check(x, y)
         x = torch.bernoulli(x)
         if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well

@@ -4,8 +4,8 @@
 
 Kingma and Welling 2013, arXiv:1312.6114; the tighter bound: Burda et al. 2015, arXiv:1509.00519.
 Differences from the paper: convolutions before the encoder's hidden layer and after the decoder's;
-pixels drawn anew in each epoch (see Shapes); the matrices of the residual blocks trained by Muon
-(see the train section); the weights that are tested are a running average of those in training
+images made binary anew in each epoch (see Shapes); the matrices of the residual blocks trained by
+Muon (see the train section); the weights that are tested are a running average of those in training
 (EMA).
 
 Idea

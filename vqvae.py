@@ -6,9 +6,9 @@ Van den Oord et al. 2017, arXiv:1711.00937; restarts of unused codes: Dhariwal e
 arXiv:2005.00341; the idea of a penalty for unlikely codes: Chou et al. 1989 (entropy-constrained
 vector quantisation). Differences from the paper: a transformer as the prior, not a PixelCNN, and
 trained in the same run; that penalty (rate); a learned offset for each position is added to the
-encoder's output, and the sum normalised; pixels drawn anew in each epoch (see Shapes); the matrices
-of the transformer's blocks trained by Muon (see the train section); the weights that are tested are
-a running average of those in training (EMA).
+encoder's output, and the sum normalised; images made binary anew in each epoch (see Shapes); the
+matrices of the transformer's blocks trained by Muon (see the train section); the weights that are
+tested are a running average of those in training (EMA).
 
 Idea
   A VAE (see vae.py) describes an image by 32 real numbers, and fixes in advance how such codes are

@@ -5,9 +5,9 @@
 Van den Oord et al. 2016, arXiv:1609.03499; fast sampling by queues: Paine et al. 2016,
 arXiv:1611.09482. Differences from the paper: pixels instead of audio samples; dilations that fit
 the image; the output reads the last layer as well as the skips;
-embeddings of row and column; pixels drawn anew in each epoch (see Shapes); matrices trained by Muon
-(see the train section); the weights that are tested are a running average of those in training
-(EMA).
+embeddings of row and column; images made binary anew in each epoch (see Shapes); inner matrices
+trained by Muon (see the train section); the weights that are tested are a running average of those
+in training (EMA).
 
 Idea
   Take an image as a sequence of pixels, row by row, and predict each pixel from those before it
@@ -15,7 +15,7 @@ Idea
   first knows only the pixel before it. A layer of dilation d mixes token i with token i - d. After
   layers of dilation 1, 2 and 4, a token has met the 8 most recent pixels: the reach doubles with
   each layer, where layers of dilation 1 alone would need 7 to get there.
-  An image has two directions, and the pixel above, 28 steps back, matters as much as the one on the
+  An image has two directions, and what is above, 28 steps back, matters as much as what is on the
   left. So here five layers go back by 1, 2, 4, 8 and 16 pixels, then five by 1, 2, 4, 8 and 16
   rows. Each layer computes all tokens at once, so training makes the 784 predictions of an image in
   one pass. Sampling takes 784 steps, as pixel i has to be drawn before pixel i + 1 can be
@@ -28,26 +28,27 @@ Maths
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
   x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
-  exactly; each term is the binary cross-entropy of a pixel. Its expected value is smallest if the
-  model's p is that of the data: the gap is their KL divergence, which is never negative. A layer,
-  with dilation d, is a causal convolution of kernel size 2 with a gate:
+  computed exactly, not bounded; each term is the binary cross-entropy of a pixel. Over the data,
+  the mean of nll exceeds the data's own entropy by KL(data || model), which is 0 only if p is their
+  p. A layer, with dilation d, is a causal convolution of kernel size 2 with a gate:
       value_i, gate_i = mix(h_{i-d}, h_i)
       change_i, skip_i = out(tanh(value_i) * sigmoid(gate_i))
       h_i <- h_i + change_i
   The gate, in (0, 1), passes, weakens or blocks each value, in (-1, 1). The logits are made of the
   last h plus the sum of the skips: a skip reaches the output without passing through later layers.
-  Reach. Pixel j is n = i - 1 - j steps behind the newest pixel that token i sees, and n = 28 r + c
+  Reach. Token i starts from pixel i - 1. To bring in pixel j, a path has to go back n = i - 1 - j
+  steps. Write n = 28 r + c
   with c < 28 and r < 28. In binary, c is a sum of some of 1, 2, 4, 8, 16, and 28 r a sum of some of
   28, 56, 112, 224, 448. These are the ten dilations, and a path through the layers may use each one
   or not: so it reaches every earlier pixel. Ten layers of 1, 2, 4, ..., 512 would reach them all,
-  too, but 32 or 64 back is a few columns to the side, while token i - 28 or i - 56 stands straight
-  above token i.
+  too, but 32 or 64 back is a few columns to the side, while tokens i - 28 and i - 56 are in the
+  same column as token i.
   Sampling. In step i, a layer of dilation d needs the token that entered it in step i - d. It keeps
   the last d of them in a queue, so nothing is computed twice, and the 784 steps together take about
   as much arithmetic as one pass over the
   image; but one after the other, so they are slow.
-  Each pixel is drawn with its probability: always taking the likelier value, which is almost always
-  black, gives a blank image.
+  Each pixel is drawn with its probability: always taking the likelier value, which after black
+  pixels is black, gives a blank image.
   Labels. With --class-cond, an embedding of the label is added to every token, and for one training
   image in ten that of "no label" instead, so that one model learns both p(x | y) and p(x). Sampling
   may exaggerate what the label adds (guidance):
@@ -60,10 +61,10 @@ Shapes
 
 What to expect
   nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
-  same in bits per pixel. Probability 1/2 for every pixel gives 784 log 2 = 543; the share of
-  training images in which each pixel is white, 206. If every prediction saw its own pixel, because
-  of a wrong shift, the nll would fall to about 0; if only some pixels leak, it is just too good to
-  be true.
+  same in bits per pixel. Probability 1/2 for every pixel gives 784 log 2 = 543; predicting each
+  pixel by how often it is white in the training images, 206. If every prediction saw its own pixel,
+  because of a wrong shift, the nll would fall to about 0; if only some pixels leak, it is just too
+  good to be true.
 """
 
 import argparse
@@ -167,7 +168,7 @@ class WaveNet(nn.Module):
         return [weight for weight in self.layers.parameters() if weight.ndim > 1]
 
     def loss(self, x, y=None):
-        """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x) in nats/image, {"nll", "bpd"}."""
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x | y), nats/image, {"nll", "bpd"}."""
         self.check(x, y)
         x = torch.bernoulli(x)
         if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well

@@ -193,7 +193,7 @@ def test_learns(name):
     for step in range(steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = 5e-3 * (1 - step / steps)
+                group["lr"] = module.LR * (1 - step / steps)
         x = train_x[torch.randint(4096, (batch_size,))] / 255
         module.train_step(model, optimizers, autocast, x, None)
     model.eval().requires_grad_(False)
