@@ -7,6 +7,7 @@ nats       test nats against training time, a line for each model; published fig
 speed      Frechet ratio against the time to draw 100, from what bench/compare.py has measured
 masks      made.py: which input reaches which output, for an image of 2 x 2 pixels
 fields     pixelcnn.py, gatedcnn.py: the pixels that the prediction of the middle one depends on
+completions the six autoregressive models: lower halves drawn under given upper ones
 posteriors vae.py: q(z | x) of a thousand test digits over p(z), for two numbers in z; needs the run
            python vae.py --z-dim 2 --epochs 5 --out-dir out/vae-2d
 codes      vqvae.py: a digit, its codes, what they decode to, and what each code looks like
@@ -21,8 +22,10 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from matplotlib.patches import Ellipse
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -161,6 +164,25 @@ def fields(test_x):
     return figure
 
 
+def completions(test_x):
+    """Columns of completion.png that several digits could complete, and a strip for each model."""
+    scripts = SCRIPTS[:6]
+    figure, axes = plt.subplots(1, len(scripts), figsize=(11, 3.1), layout="constrained")
+    for ax, script in zip(axes, scripts):
+        with Image.open(f"out/{script}/completion.png") as image:
+            grid = np.asarray(image.convert("L"))
+        cell = (grid.shape[1] - 2) // 10
+        columns = [grid[:, k * cell : (k + 1) * cell + 2] for k in (4, 5, 6, 8)]
+        ax.imshow(np.concatenate(columns, axis=1), cmap="gray")
+        ax.set_title(script)
+        ax.set(xticks=[], yticks=[])
+    centres = [(row + 0.5) * cell for row in range(6)]
+    names = ["test digits", "given", "drawn", "drawn", "drawn", "drawn"]
+    axes[0].set_yticks(centres, names, fontsize=8)
+    axes[0].tick_params(length=0)
+    return figure
+
+
 def posteriors(test_x):
     _, model, _ = load("vae", "vae-2d", "cpu")
     _, _, images, labels = load_mnist()
@@ -234,7 +256,8 @@ def denoising(test_x):
     return figure
 
 
-FIGURES = {f.__name__: f for f in (nats, speed, masks, fields, posteriors, codes, denoising)}
+FUNCTIONS = nats, speed, masks, fields, completions, posteriors, codes, denoising
+FIGURES = {function.__name__: function for function in FUNCTIONS}
 
 
 @torch.no_grad()

@@ -142,3 +142,12 @@ def test_profile_counts_operations():
     with train_all.Counter() as counter:
         (a @ torch.ones(3, 4)).sum().backward()
     assert counter.total == 2 * 48  # 2 * 2 * 3 * 4 forward, as many backward: one input needs it
+
+
+def test_figures_draw_the_masks(tmp_path):
+    pytest.importorskip("matplotlib")
+    import figures
+
+    figures.main(["masks", "--assets", str(tmp_path)])
+    with Image.open(tmp_path / "masks.png") as image:
+        assert image.width > 500
