@@ -6,9 +6,9 @@ Van den Oord et al. 2017, arXiv:1711.00937; restarts of unused codes: Dhariwal e
 arXiv:2005.00341; the idea of a penalty for unlikely codes: Chou et al. 1989 (entropy-constrained
 vector quantisation). Differences from the paper: a transformer as the prior, not a PixelCNN, and
 trained in the same run; that penalty (rate); a learned offset for each position is added to the
-encoder's output, and the sum normalised; images made binary anew in each epoch (see Shapes); the
-matrices of the transformer's blocks trained by Muon (see the train section); the weights that are
-tested are a running average of those in training (EMA).
+encoder's output, and the sum normalised; images made binary anew in each epoch (see Shapes); inner
+matrices and convolutions trained by Muon (see the train section); the weights that are tested are a
+running average of those in training (EMA).
 
 Idea
   A VAE (see vae.py) describes an image by 32 real numbers, and fixes in advance how such codes are
@@ -130,16 +130,16 @@ def conv3x3(n_in, n_out):
 class VQVAE(nn.Module):
     """An autoencoder with a codebook in its middle, and a transformer over the codes.
 
-    channels: of the convolutions; code_dim: numbers in a code's vector; n_codes: codes in the
-    codebook; n_embd, n_head, n_layer: of the transformer (numbers in a token, heads, blocks); beta:
-    weight of commit; rate_weight: weight of rate; size: pixels per side; n_classes: number of
-    labels, or 0
+    channels: at 14 x 14, twice as many at 7 x 7; code_dim: numbers in a code's vector; n_codes:
+    codes in the codebook; n_embd, n_head, n_layer: of the transformer (numbers in a token, heads,
+    blocks); beta: weight of commit; rate_weight: weight of rate; size: pixels per side; n_classes:
+    number of labels, or 0
     """
 
     def __init__(
         self,
         *,
-        channels=64,
+        channels=32,
         code_dim=16,
         n_codes=64,
         n_embd=64,
@@ -170,20 +170,28 @@ class VQVAE(nn.Module):
         self.beta = beta
         self.rate_weight = rate_weight
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(4),  # (B, 1, 28, 28) -> (B, 16, 7, 7): the 4 x 4 pixels of each patch
-            conv3x3(16, channels),
+            nn.PixelUnshuffle(2),  # (B, 1, 28, 28) -> (B, 4, 14, 14): the pixels of 2 x 2 patches
+            conv3x3(4, channels),
             nn.SiLU(),
             conv3x3(channels, channels),
             nn.SiLU(),
-            conv3x3(channels, code_dim),
+            nn.Conv2d(channels, 2 * channels, 2, stride=2),  # -> (B, 2 C, 7, 7)
+            nn.SiLU(),
+            conv3x3(2 * channels, 2 * channels),
+            nn.SiLU(),
+            conv3x3(2 * channels, code_dim),
         )
         self.decoder = nn.Sequential(
-            conv3x3(code_dim, channels),
+            conv3x3(code_dim, 2 * channels),
+            nn.SiLU(),
+            conv3x3(2 * channels, 2 * channels),
+            nn.SiLU(),
+            nn.ConvTranspose2d(2 * channels, channels, 2, stride=2),  # -> (B, C, 14, 14)
             nn.SiLU(),
             conv3x3(channels, channels),
             nn.SiLU(),
-            conv3x3(channels, 16),
-            nn.PixelShuffle(4),
+            conv3x3(channels, 4),
+            nn.PixelShuffle(2),  # -> (B, 1, 28, 28)
         )
         # added to z_e, at first so large that a position decides its code: so all codes are in use
         # from the start, spread over the positions, and the image takes over as the encoder learns
@@ -276,8 +284,13 @@ class VQVAE(nn.Module):
         return z_e, codes, distance, self.decode(z), self.prior(codes, y)
 
     def hidden_weights(self):
-        """The matrices in the blocks of the prior, which Muon trains."""
-        return [weight for weight in self.blocks.parameters() if weight.ndim > 1]
+        """What Muon trains: the matrices in the prior's blocks, and the convolutions of encoder and
+        decoder that have as many channels before as after."""
+        convolutions = []
+        for layer in [*self.encoder, *self.decoder]:
+            if isinstance(layer, nn.Conv2d) and layer.in_channels == layer.out_channels:
+                convolutions += [layer.weight]
+        return convolutions + [weight for weight in self.blocks.parameters() if weight.ndim > 1]
 
     def loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> what to minimise, and its parts."""
@@ -396,7 +409,7 @@ NAME = "vqvae"  # of this script, its folder in out/, and the origin of its chec
 Model = VQVAE
 EPOCHS = 20
 BATCH_SIZE = 64
-LR = 5e-3
+LR = 1e-2
 
 
 def learning_rate(step, total_steps, peak):
