@@ -45,6 +45,8 @@ def test_script_trains_and_samples(name, monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(common, "load_mnist", lambda *_: data)
     monkeypatch.chdir(tmp_path)
     flags = ["--dry-run", "--class-cond", "--batch-size", "16", "--device", "cpu"]
+    if name == "diffusion":
+        flags += ["--channels", "8"]  # its pictures take 20,000 passes
     out = run(monkeypatch, capsys, name, *flags, "--epochs", "1")
     line = r"epoch   1/1 \| train loss [\d.]+ \| test (\w+ [\d.e-]+ )+\| [\d.]+ s \| [\d,]+ img/s"
     assert re.search(line, out)
@@ -99,11 +101,41 @@ def test_readme_commands(monkeypatch, capsys, tmp_path):
         if name != "diffusion" and re.fullmatch(r" --epochs \d+\s*", flags):
             continue
         flags = [*shlex.split(flags), "--dry-run", "--batch-size", "4", "--channels", "8"]
+        if name == "diffusion":
+            flags += ["--n-inner", "1"]
         if "--sample" not in flags and "--epochs" not in flags:
             flags += ["--epochs", "1"]
         run(monkeypatch, capsys, name, *flags)
         ran += 1
     assert ran > 5
+
+
+def test_readme_code_runs(monkeypatch, capsys, tmp_path):
+    """Its Python blocks, as written but for the numbers of samples."""
+    made, diffusion = __import__("made"), __import__("diffusion")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    given, train, load, notebook, _ = blocks
+    monkeypatch.chdir(tmp_path)
+    images = (common.load_mnist()[2][:4] > 127).float()
+
+    model = made.MADE(hidden=20)
+    space = {"model": model, "images": images}
+    exec(given.replace("64", "4"), space)
+    assert torch.equal(space["lower_halves_drawn"][:, :, :14], images[:, :, :14])
+
+    space = {"batches": [(images, torch.arange(4))]}
+    exec(train.replace("sample(64)", "sample(2)"), space)
+    assert space["samples"].shape == (2, 1, 28, 28)
+
+    small = ["--channels", "8", "--n-inner", "1", "--batch-size", "4", "--epochs", "1"]
+    diffusion.main(["--dry-run", *small])
+    space = {"torch": torch, "Diffusion": diffusion.Diffusion}
+    exec(load.replace("out/diffusion/", "out/diffusion-dry/"), space)
+    assert space["model"].sample(1).shape == (1, 1, 28, 28)
+
+    monkeypatch.setattr(diffusion, "main", lambda flags: space.update(flags=flags))
+    exec(notebook)
+    assert space["flags"] == ["--epochs", "1"]
 
 
 def test_readme_trains_with_two_processes(tmp_path):
