@@ -121,7 +121,8 @@ class PixelRNN(nn.Module):
         """Tokens start to end - 1 (B, end - start, n_embd).
 
         Token i is made of the `context` pixels before pixel i, with zeros where there are none. In
-        padded, pixel j stands at context + j: so token i is made of padded[i : i + context].
+        padded, pixel j stands at context + j: so token i is made of padded[i : i + context]. All
+        784 tokens take 784 - 1 + 87 numbers, into which a kernel of 87 fits at 784 places.
         """
         padded = F.pad(x.flatten(2), (self.context, 0))  # (B, 1, context + H * W)
         past = padded[..., start : end - 1 + self.context]

@@ -126,7 +126,8 @@ class VAE(nn.Module):
         self.z_dim = z_dim
         self.grid = (2 * channels, size // 4, size // 4)
         n_grid = math.prod(self.grid)
-        self.label = nn.Embedding(n_classes + 1, n_embd)  # the last entry is "no label"
+        # the last entry is "no label": without labels, all images get the same scale and shift
+        self.label = nn.Embedding(n_classes + 1, n_embd)
         self.stem = nn.Conv2d(4, channels, 3, padding=1)  # 4: the pixels of a 2 x 2 patch
         self.encoder_outer = ResBlock(channels, n_embd)
         self.down = nn.Conv2d(channels, 2 * channels, 2, stride=2)

@@ -193,12 +193,13 @@ class VQVAE(nn.Module):
             conv3x3(channels, 4),
             nn.PixelShuffle(2),  # -> (B, 1, 28, 28)
         )
-        # added to z_e, at first so large that a position decides its code: so all codes are in use
-        # from the start, spread over the positions, and the image takes over as the encoder learns
+        # Added to the encoder's output, which it dwarfs at first: then the code depends on the
+        # position alone, and the codes are spread over the positions from the start. The more the
+        # encoder's output grows, the more the image decides.
         self.offset = nn.Parameter(10 * torch.randn(self.side**2, code_dim))
         self.codebook = nn.Parameter(torch.zeros(n_codes, code_dim))  # the first batch will fill it
-        # how often each code is used, where 1 is the average; it starts so low that the first
-        # restart finds all codes dead, and fills them
+        # How often each code is used, where 1 is the average. It starts so low that the first
+        # restart finds all codes dead, and places them.
         self.register_buffer("usage", torch.full((n_codes,), -float(n_codes)))
         self.label = nn.Embedding(n_classes + 1, n_embd)  # the last entry is "no label"
         nn.init.zeros_(self.label.weight)
@@ -227,7 +228,7 @@ class VQVAE(nn.Module):
         return self.decoder(z_q.transpose(1, 2).unflatten(2, (self.side, self.side))).float()
 
     def usage_of(self, codes):
-        """codes (B, 49) -> the share of each code (n_codes,). (bincount would make a GPU wait.)"""
+        """codes (B, 49) -> the share of each code (n_codes,). (bincount would wait for a GPU.)"""
         return codes.float().histc(self.n_codes, 0, self.n_codes) / codes.numel()
 
     @torch.no_grad()
@@ -238,7 +239,7 @@ class VQVAE(nn.Module):
         self.usage.lerp_(self.usage_of(codes) * self.n_codes, 0.01)
         dead = self.usage < 0.02  # (n_codes,)
         z_e = z_e.flatten(0, 1)  # (49 B, code_dim)
-        # one for each code, though only dead ones take theirs: to count these would make a GPU wait
+        # one for each code, dead or not: counting the dead ones would make the CPU wait for a GPU
         candidates = z_e[torch.randint(len(z_e), dead.shape, device=dead.device)]
         self.codebook.copy_(torch.where(dead[:, None], candidates, self.codebook))
         self.usage.masked_fill_(dead, 1)
@@ -301,7 +302,7 @@ class VQVAE(nn.Module):
         z_e, codes, distance, logits, code_logits = self(x, y)
         # recon = -log p(x | codes)
         recon = F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
-        # codebook[codes] would be the same, but its gradient a sum in another order each time
+        # the same as codebook[codes], whose gradient is a sum in another order each time on a CPU
         z_q = F.embedding(codes, self.codebook)  # (B, 49, code_dim)
         # codebook = |sg(z_e) - z_q|^2, commit = |z_e - sg(z_q)|^2, where sg stops the gradient:
         # equal in value, but the one moves the codes, and the other moves the encoder
