@@ -30,8 +30,8 @@ Maths
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
   computed exactly, not bounded; each term is the binary cross-entropy of a pixel. Over the data,
   the mean of nll exceeds the data's own entropy by KL(data || model), which is 0 only if p is their
-  p. A layer, where gated(pair) = tanh(value) * sigmoid(gate), value and gate being the halves of
-  pair:
+  p.
+  A layer, where gated(pair) = tanh(value) * sigmoid(gate), value and gate being the halves of pair:
       pair = vertical(v)
       mix = gated(horizontal(h) + v_to_h(pair))
       v <- gated(pair),   h <- h + out(mix)
@@ -54,8 +54,7 @@ Maths
       # # # # # X
   Sampling. v is computed once for each row, as soon as the rows above are drawn; h once for each
   pixel. Caches keep what later steps read, so the 784 steps together take about as much
-  arithmetic as one pass over the
-  image; but one after the other, so they are slow.
+  arithmetic as one pass over the image; but one after the other, so they are slow.
   Each pixel is drawn with its probability: always taking the likelier value, which after black
   pixels is black, gives a blank image.
   Labels. With --class-cond, an embedding of the label is added to every vector of v after the first

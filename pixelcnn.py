@@ -5,9 +5,9 @@
 Van den Oord et al. 2016, arXiv:1601.06759; fast sampling: Ramachandran et al. 2017,
 arXiv:1704.06001. Differences from the paper: masked 5 x 5 convolutions where it has 3 x 3, without
 the rows below the centre, which would be all zeros; embeddings of row and column, so that a
-prediction can depend on where it is; images made
-binary anew in each epoch (see Shapes); inner matrices trained by Muon (see the train section); the
-weights that are tested are a running average of those in training (EMA).
+prediction can depend on where it is; images made binary anew in each epoch (see Shapes); inner
+matrices trained by Muon (see the train section); the weights that are tested are a running average
+of those in training (EMA).
 
 Idea
   Take an image as a sequence of pixels, row by row, and predict each pixel from those before it
@@ -47,8 +47,8 @@ Maths
       # # # # # X                     the way out.
   Sampling. Step i needs, in each layer, the vector at pixel i and those that the kernel reads
   around it. A cache keeps those of the earlier steps, so nothing is computed twice, and
-  the 784 steps together take about as much arithmetic as one pass over the
-  image; but one after the other, so they are slow.
+  the 784 steps together take about as much arithmetic as one pass over the image;
+  but one after the other, so they are slow.
   Each pixel is drawn with its probability: always taking the likelier value, which after black
   pixels is black, gives a blank image.
   Labels. With --class-cond, an embedding of the label is added to every pixel's vector after the

@@ -36,9 +36,10 @@ Maths
   p.
   Tokens. Token i is the input vector of step i: the sum of what the convolution `stem` makes of the
   87 pixels before pixel i, and of embeddings of row and column, which say where in the image it
-  stands. An LSTM has two states, vectors of n_embd numbers: the memory c, and h, what it shows of
-  c. In step i it reads a_i, the token (normalised). With [a, h] for the two vectors joined, *
-  number by number:
+  stands.
+  An LSTM has two states, vectors of n_embd numbers: the memory c, and h, what it shows of c. In
+  step i it reads a_i, the token (normalised). With [a, h] for the two vectors joined, * number by
+  number:
       f, u, o = sigmoid(W [a_i, h_{i-1}] + b)     three gates in (0, 1): keep, write, show
       g       = tanh(W' [a_i, h_{i-1}] + b')      what to write, in (-1, 1)
       c_i     = f * c_{i-1} + u * g

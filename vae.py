@@ -62,8 +62,8 @@ Maths
 Shapes
   x (B, 1, 28, 28): loss takes grey levels in [0, 1], the networks see binary pixels: a grey level
   of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
-  binarisation). mu, logvar, z (B, z_dim); logits like x. size: a multiple of 4, as the image
-  is halved twice.
+  binarisation). mu, logvar, z (B, z_dim); logits like x. size: a multiple of 4, as the image is
+  halved twice.
 
 What to expect
   All figures are in nats per image: summed over the pixels and over z, then averaged over images.

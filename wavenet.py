@@ -30,23 +30,22 @@ Maths
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
   computed exactly, not bounded; each term is the binary cross-entropy of a pixel. Over the data,
   the mean of nll exceeds the data's own entropy by KL(data || model), which is 0 only if p is their
-  p. A layer, with dilation d, is a causal convolution of kernel size 2 with a gate:
+  p.
+  A layer, with dilation d, is a causal convolution of kernel size 2 with a gate:
       value_i, gate_i = mix(h_{i-d}, h_i)
       change_i, skip_i = out(tanh(value_i) * sigmoid(gate_i))
       h_i <- h_i + change_i
   The gate, in (0, 1), passes, weakens or blocks each value, in (-1, 1). The logits are made of the
   last h plus the sum of the skips: a skip reaches the output without passing through later layers.
   Reach. Token i starts from pixel i - 1. To bring in pixel j, a path has to go back n = i - 1 - j
-  steps. Write n = 28 r + c
-  with c < 28 and r < 28. In binary, c is a sum of some of 1, 2, 4, 8, 16, and 28 r a sum of some of
-  28, 56, 112, 224, 448. These are the ten dilations, and a path through the layers may use each one
-  or not: so it reaches every earlier pixel. Ten layers of 1, 2, 4, ..., 512 would reach them all,
-  too, but 32 or 64 back is a few columns to the side, while tokens i - 28 and i - 56 are in the
-  same column as token i.
+  steps. Write n = 28 r + c with c < 28 and r < 28. In binary, c is a sum of some of 1, 2, 4, 8, 16,
+  and 28 r a sum of some of 28, 56, 112, 224, 448. These are the ten dilations, and a path through
+  the layers may use each one or not: so it reaches every earlier pixel. Ten layers of 1, 2, 4, ...,
+  512 would reach them all, too, but 32 or 64 back is a few columns to the side, while tokens i - 28
+  and i - 56 are in the same column as token i.
   Sampling. In step i, a layer of dilation d needs the token that entered it in step i - d. It keeps
   the last d of them in a queue, so nothing is computed twice, and the 784 steps together take about
-  as much arithmetic as one pass over the
-  image; but one after the other, so they are slow.
+  as much arithmetic as one pass over the image; but one after the other, so they are slow.
   Each pixel is drawn with its probability: always taking the likelier value, which after black
   pixels is black, gives a blank image.
   Labels. With --class-cond, an embedding of the label is added to every token, and for one training
