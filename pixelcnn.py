@@ -486,7 +486,7 @@ def bfloat16_autocast(device):
 
 
 def make_checkpoint(args, config, model, ema, optimizers, log):
-    """All that it takes to draw samples (config and model), and to go on with the training."""
+    """All that it takes to draw samples (config and model), and to continue the training."""
     settings = ("epochs", "batch_size", "lr", "seed", "dataset")
     return {
         "script": NAME,
@@ -531,7 +531,7 @@ def load_checkpoint(path, resume):
         fail(f"cannot load {path}: {' '.join(str(error).split()) or type(error).__name__}")
     missing = {"settings", "model_in_training", "optimizers", "log"} - checkpoint.keys()
     if resume and missing:
-        fail(f"cannot go on from {path}: it holds no {', '.join(sorted(missing))}")
+        fail(f"cannot resume from {path}: it has no {', '.join(sorted(missing))}")
     return checkpoint
 
 
@@ -566,19 +566,19 @@ def make_parser():
     )
     add = parser.add_argument
     add("--epochs", type=int, default=EPOCHS, help="passes over the images (default %(default)s)")
-    add("--batch-size", type=int, default=BATCH_SIZE, help="images a step (default %(default)s)")
+    add("--batch-size", type=int, default=BATCH_SIZE, help="images per step (default %(default)s)")
     add("--lr", type=float, default=LR, help="peak learning rate (default %(default)s)")
     add("--seed", type=int, default=0, help="of weights, order and noise (default %(default)s)")
-    add("--device", choices=devices, default=device, help="(default %(default)s)")
+    add("--device", choices=devices, default=device, help="where to compute (default %(default)s)")
     add("--dataset", choices=datasets, default="MNIST", help="(default %(default)s)")
     add("--data-dir", type=Path, help="folder of the data sets (default: data, beside common.py)")
     add("--out-dir", type=Path, default=Path("out", NAME), help="for output (default %(default)s)")
-    add("--class-cond", action="store_true", help="learn labels too; grids have a column a class")
+    add("--class-cond", action="store_true", help="learn labels; grids have a column per class")
     add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
-    add("--dry-run", action="store_true", help="only two batches an epoch; overwrites OUT_DIR-dry")
+    add("--dry-run", action="store_true", help="only two batches per epoch; overwrites OUT_DIR-dry")
     add("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", action="store_true", help="go on with the run in OUT_DIR")
+    mode.add_argument("--resume", action="store_true", help="continue the run in OUT_DIR")
     mode.add_argument("--sample", type=int, metavar="N", help="only draw N images from that run")
     sizes = parser.add_argument_group("sizes of the model", Model.__doc__)  # which explains them
     for name, value in size_defaults().items():
@@ -682,12 +682,12 @@ def main(argv=None):
             optimizer.load_state_dict(state)
         log = checkpoint["log"]
     if len(log) > args.epochs:
-        fail(f"--epochs {args.epochs}: the run in {args.out_dir} has had {len(log)} already")
+        fail(f"--epochs {args.epochs}: the run in {args.out_dir} has had {len(log)} epochs already")
     if args.compile:
         model.compile()  # its forward: the network (in gan.py, the generator)
 
     # Save before the first step: a disk that cannot be written to is noticed now, not after an
-    # hour, and --resume can go on wherever the run is stopped. (It saves what it has loaded.)
+    # hour, and --resume works wherever the run is stopped. (It saves what it has loaded.)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / "model.pt"
     is_new = checkpoint is None and not args.dry_run
@@ -700,7 +700,7 @@ def main(argv=None):
     if args.tensorboard:
         board = SummaryWriter(args.out_dir)
     plan = f"{args.epochs} epochs of {steps} steps on {args.device}, {len(log)} done"
-    print(f"{args.out_dir}: {plan}; if it is stopped, --resume goes on", flush=True)
+    print(f"{args.out_dir}: {plan}; if interrupted, continue with --resume", flush=True)
 
     for epoch in range(len(log) + 1, args.epochs + 1):
         train_loss, seconds = train_epoch(epoch, args, model, ema, optimizers, train_x, labels)

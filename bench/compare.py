@@ -22,7 +22,7 @@ labels      share of 1,000 samples that show the digit asked for, of out/<script
 README.md gets the most important columns, bench/README.md all of them, assets/ the pictures.
 Features and digits are those of bench/classifier.py. gan.py and diffusion.py are compared with grey
 digits, the others with binarised ones, to which end the mean images of vae.py and vqvae.py are
-drawn from, too. Figures are kept in out/bench/, so that an interrupted comparison goes on.
+drawn from, too. Figures are kept in out/bench/, so that an interrupted comparison can be continued.
 """
 
 import argparse
@@ -312,4 +312,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted; start again to go on")
+        sys.exit("interrupted; start again to continue")

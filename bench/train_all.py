@@ -1,13 +1,13 @@
 """Train all ten scripts, one after another, with their default settings or within a time limit.
 
-    python bench/train_all.py                      # again after an interruption: goes on
+    python bench/train_all.py                      # run it again to continue
     python bench/train_all.py --minutes 180
     python bench/train_all.py --minutes 20 --scripts vae gan --labels
 
 With --minutes, each script gets an equal share of these, and at least one epoch. The first start
 times a few steps, a test and a grid of samples of each, plans the epochs that fit into nine tenths
 of its share (the rest is for start and end), and keeps the plan in out/bench/plan.json, so that a
-later start goes on with the same schedule; delete that file and out/<script> to plan and train
+later start continues with the same schedule; delete that file and out/<script> to plan and train
 anew. With --labels, all go into out/<script>-labels and learn the labels, too: bench/compare.py
 measures what these draw. It is run at the end if all ten have been trained. --profile times 20
 steps of each script instead, and says what they wait for: the launches of kernels, memory, or
@@ -155,7 +155,7 @@ def main(argv=None):
         if checkpoint.exists():
             command.append("--resume")
         if subprocess.run(command).returncode != 0:
-            sys.exit(f"{script}.py stopped; start again to go on")
+            sys.exit(f"{script}.py stopped; start again to continue")
     if args.scripts == SCRIPTS and not args.labels:
         subprocess.run([sys.executable, str(ROOT / "bench/compare.py")])
 
@@ -165,4 +165,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted; start again to go on")
+        sys.exit("interrupted; start again to continue")
