@@ -34,8 +34,9 @@ Maths
   A layer, where gated(pair) = tanh(value) * sigmoid(gate), value and gate being the halves of pair:
       pair = vertical(v)
       mix = gated(horizontal(h) + v_to_h(pair))
-      v <- gated(pair),   h <- h + out(mix)
-  and in the end logits = head(relu(h + sum of skip(mix) over the layers)).
+      change, skip = out(mix)
+      v <- gated(pair),   h <- h + change
+  and in the end logits = head(relu(h + sum of the skips of all layers)).
   A shift instead of masks. Before the first layer, v is given the image moved down by one row, so
   that the place X of v holds what stands above X. The kernels of v, (k // 2 + 1) x k, reach to both
   sides and up, and include their own row: at X, v goes on knowing rows above X only. h is given the
@@ -104,8 +105,7 @@ class GatedBlock(nn.Module):
         self.vertical = nn.Conv2d(channels, 2 * channels, (k // 2 + 1, k))
         self.horizontal = nn.Conv2d(channels, 2 * channels, (1, k // 2 + 1))
         self.v_to_h = nn.Linear(2 * channels, 2 * channels)
-        self.out = nn.Linear(channels, channels)
-        self.skip = nn.Linear(channels, channels)
+        self.out = nn.Linear(channels, 2 * channels)
 
     def activate(self, pair):
         """pair (..., 2 C): values and as many gates -> tanh(value) * sigmoid(gate) (..., C)."""
@@ -122,8 +122,7 @@ class GatedBlock(nn.Module):
         """(B, H, pad + W, C), and what v tells (B, H, W, 2 C) -> what to add to h, and a share for
         the head, both (B, H, W, C)."""
         pair = self.horizontal(padded_h.movedim(3, 1)).movedim(1, 3) + from_v
-        mix = self.activate(pair)
-        return self.out(mix), self.skip(mix)
+        return self.out(self.activate(pair)).chunk(2, dim=-1)
 
 
 class GatedPixelCNN(nn.Module):
