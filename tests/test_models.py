@@ -258,6 +258,27 @@ def test_diffusion_sampler_recovers_a_gaussian(mean, std):
             assert abs(torch.corrcoef(torch.cat([x.flatten(1).T, noise.flatten(1).T]))[0, 1]) < 0.9
 
 
+def test_diffusion_with_all_noise_fresh_is_ddpm(monkeypatch):
+    """A step then draws from q(x_b | x_a, x0), for the x0 that is predicted."""
+    model = perturb(tiny("diffusion")).double()
+    x = torch.randn(2, 1, 28, 28, dtype=torch.float64)
+    start, end = 0.7, 0.4
+    a, b = start * math.pi / 2, end * math.pi / 2
+    v = model(x, torch.full((2,), start, dtype=torch.float64))
+    x0 = math.cos(a) * x - math.sin(a) * v
+    # x_a = r x_b + s noise, with r = cos(a) / cos(b); Bayes' rule for the two Gaussians
+    r = math.cos(a) / math.cos(b)
+    s_squared = math.sin(a) ** 2 - (r * math.sin(b)) ** 2
+    variance = 1 / (r**2 / s_squared + 1 / math.sin(b) ** 2)
+    mean = variance * (r / s_squared * x + math.cos(b) / math.sin(b) ** 2 * x0)
+    for noise in (0.0, 1.0):
+        monkeypatch.setattr(
+            torch, "randn_like", lambda eps, noise=noise: torch.full_like(eps, noise)
+        )
+        step = model.move(x, start, end, 1, fresh=1.0)
+        torch.testing.assert_close(step, mean + noise * variance**0.5)
+
+
 def test_diffusion_sees_its_last_prediction():
     """In training, every second image is shown the x0 that the network predicts without it."""
     model = perturb(tiny("diffusion"))
