@@ -42,18 +42,18 @@ Maths
   image is decided, get more of the training.
   Self-conditioning. A step of the sampler predicts x0, and the next step should only have to refine
   it. So the network has a second input, the x0 predicted last (zeros, if there is none). In
-  training, half of the images get a prediction that the network makes for them without it.
+  training, half of the images get what the network predicts from the same x_t with zeros there.
   The score. Given x0, x_t has the density N(cos(a) x0, sin(a)^2), and the gradient of its logarithm
   is -(x_t - cos(a) x0) / sin(a)^2 = -eps / sin(a). p(x_t) is the mean of these densities over x0.
-  The gradient of its logarithm, (grad p) / p, is the mean of theirs, weighted by p(x0 | x_t):
+  As grad p = p grad log p, its score is the mean of these gradients, weighted by p(x0 | x_t):
       grad log p(x_t) = -E[eps | x_t] / sin(a),
   the score: the direction in which images with this much noise become more probable. To predict the
   noise is to know the score.
   Sampling. Start from noise at t = 1. A step from angle a to a smaller angle b splits x into the
   predicted x0 and eps, replaces a part of eps by fresh noise, and mixes again, for angle b:
       x <- cos(b) x0 + sin(b) (keep eps + sqrt(1 - keep^2) noise),   keep = (tan(b) / tan(a))^fresh
-  (For x0 it takes the value that is expected in the middle of the step, see move: this is as in
-  DDIM and DDPM, but with fewer steps.)
+  (All but the first and the last step extrapolate x0 to their middle, see move, so that fewer steps
+  suffice. Apart from that:)
   fresh = 0 is DDIM: the noise at the start decides the image, and small steps follow dx/da = E[v |
   x].
   Why that ends at digits: many arcs pass through a point x. The density there changes only by what
@@ -62,8 +62,8 @@ Maths
   1, hence that of images at t = 0.
   fresh = 1 is DDPM, whose steps draw x from p(x_b | x_a, x0). tan is the ratio of noise to image.
   Fresh noise washes out errors of the steps before, and the network removes it again; but that
-  takes more steps, and makes strokes a little thinner. fresh = 0.25 lies between. The first step,
-  where tan(a) is infinite, replaces all noise.
+  takes more steps, and makes strokes a little thinner. fresh = 0.25 lies between. (The first step,
+  where tan(a) is infinite, then replaces all noise.)
   Guidance. With --class-cond, an embedding of the label is added to that of t, and for one training
   image in ten that of "no label". Sampling follows v(no label) + guidance (v(label) - v(no label)):
   0 ignores the label, 1 is the model of images with that label, more than 1 exaggerates what the
@@ -71,8 +71,8 @@ Maths
 
 Shapes
   x (B, 1, 28, 28) in [0, 1] as given to loss; x0 in [-1, 1], so that its mean square is near that
-  of the noise, 1; x_t, v, eps (B, 1, 28, 28); t (B,) in [0, 1]; y (B,) in 0..9. size: a multiple of
-  4.
+  of the noise, 1; x_t, v, eps (B, 1, 28, 28); t (B,) in [0, 1]; y (B,) in 0..9, or 10 for "no
+  label". size: a multiple of 4.
 
 What to expect
   loss: the mean squared error of v per pixel. It falls fast at first, then slowly, and stays far
@@ -163,7 +163,7 @@ class Diffusion(nn.Module):
     def forward(self, x_t, t, y=None, x0_last=None):
         """x_t (B, 1, H, W), t (B,) in [0, 1] -> v like x_t.
 
-        x0_last: the x0 that was predicted in the step before, like x_t, or None if there is none
+        x0_last: an earlier prediction of x0, like x_t, or None if there is none
         """
         if x0_last is None:
             x0_last = torch.zeros_like(x_t)
@@ -203,7 +203,7 @@ class Diffusion(nn.Module):
         x_t, v = self.diffuse(x0, t, torch.randn_like(x0))
         # Half of the images (every second one, so that their t cover [0, 1], too) also see an x0
         # that the network predicts for them. (detach and not torch.no_grad, under which autocast
-        # would, in older versions of torch, keep weights without gradients for the second pass.)
+        # would, in older versions of torch, cache weights without gradients for the second pass.)
         x0_last = torch.zeros_like(x0)
         a = t[::2, None, None, None] * math.pi / 2
         v_first = self(x_t[::2], t[::2], None if y is None else y[::2]).detach()
@@ -229,8 +229,8 @@ class Diffusion(nn.Module):
         A step splits x into x0 and eps, as the network predicts them, and mixes these again for the
         next time. A network call a step; two, if labels y (B,) are given.
 
-        fresh:  how much of eps is replaced by fresh noise in each step. 0: none, so that the
-                start determines the end (DDIM); 1: as much as in DDPM. Only for end < start
+        fresh:  exponent of keep, the part of eps that is not replaced by fresh noise in a step. 0:
+                nothing is, so the start determines the end (DDIM); 1: DDPM. Only for end < start
         self_cond: show the network the x0 that it predicted last. If not, v depends on x and t
                 alone, so that with fresh = 0 the steps can be undone, nearly
         frames: a list, to which each step appends the new x and the x0 predicted from the old one
@@ -281,8 +281,8 @@ class Diffusion(nn.Module):
         frames = []
         self.move(torch.randn_like(x), 1, 0, 25, frames=frames)
         process = torch.stack([torch.cat(pair, dim=-1) for pair in frames])
-        # Backwards, from the images to their noise. Not from t = 0: the background of real images
-        # is exactly -1, and where there is no noise yet, nothing says which noise is to come.
+        # Backwards, from the images to their noise. Not from t = 0, where there is no noise in x_t,
+        # so that the network can only predict its mean, 0: hence we add some.
         start = 0.05
         x_t, _ = self.diffuse(2 * x - 1, x.new_full((len(x),), start), torch.randn_like(x))
         noise = self.move(x_t, start, 1, 50, self_cond=False)

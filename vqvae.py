@@ -33,7 +33,7 @@ Maths
       log p(x) >= log p(x | codes) + log p(codes) = -(recon + prior) = -neg_elbo,
   where recon = -sum_i log p(x_i | codes), with p(x_i = 1 | codes) = sigmoid(logits_i) for each
   pixel. What is minimised has three more terms, which are no part of the bound (sg, stop gradient,
-  treats its argument as a constant):
+  treats its argument as a constant; |.|^2 sums over all positions):
       loss = recon + |sg(z_e) - z_q|^2 + beta |z_e - sg(z_q)|^2 + prior + rate_weight * rate
   recon trains the decoder and the encoder. The choice of the nearest vector has no useful gradient,
   so the gradient of recon with respect to z_q is handed to z_e unchanged (straight-through): a good
@@ -43,13 +43,13 @@ Maths
   |z_e - sg(z_q)|^2, the commitment, trains the encoder to stay near the codes that it chooses.
   prior = -sum_i log p(codes_i | codes_<i) trains the transformer alone, as no gradient leads from
   the codes to the encoder.
-  rate fills that gap, but for what a code means to later ones. Without it, the encoder would use
-  whatever codes rebuild the image best, however hard they are to predict: at worst 49 log 64 = 204
-  nats. Imagine that code k, of the vector e_k, were chosen with a probability that falls with its
-  distance. The mean cost of position i would be
+  rate is to give the encoder such a gradient (but for what a code means to later ones). Without it,
+  the encoder would use whatever codes rebuild the image best, however hard they are to predict: up
+  to some 49 log 64 = 204 nats. Imagine that code k, of the vector e_k, were chosen with a
+  probability that falls with its distance. The mean cost of position i would be
       rate_i = -sum_k softmax_k(-|z_e - sg(e_k)|^2) sg(log p(k | codes_<i)),   rate = sum_i rate_i,
   which has a gradient with respect to z_e, and moves it towards codes that the prior expects.
-  Restarts. A code that is never the nearest gets no gradient and stays useless. So one that is
+  Restarts. A vector that is never the nearest gets no gradient and stays useless. So one that is
   hardly ever used is moved to one of the z_e of the batch. At the start all codes are placed in
   this way.
   Sampling. 49 steps of the transformer, with a cache of keys and values, then one pass of the
@@ -70,7 +70,8 @@ What to expect
   recon, prior and neg_elbo in nats per image: summed over pixels or codes, averaged over images.
   commit: the squared distance |z_e - z_q|^2 of an image. perplexity: how many codes are in use, in
   effect: exp(entropy) of their shares in a batch, 64 if all are used equally often, 1 if only one
-  is. If the perplexity falls below 10, the codebook has collapsed. commit grows slowly.
+  is. If the perplexity falls below 10, the codebook has collapsed. A slow growth of commit is
+  normal.
 """
 
 import argparse
@@ -193,9 +194,9 @@ class VQVAE(nn.Module):
             conv3x3(channels, 4),
             nn.PixelShuffle(2),  # -> (B, 1, 28, 28)
         )
-        # Added to the encoder's output, which it dwarfs at first: then the code depends on the
-        # position alone, and the codes are spread over the positions from the start. The more the
-        # encoder's output grows, the more the image decides.
+        # Added to the encoder's output, which it dwarfs at first: then the code depends on hardly
+        # more than the position, and all codes are in use from the start. The more the encoder's
+        # output grows, the more the image decides.
         self.offset = nn.Parameter(10 * torch.randn(self.side**2, code_dim))
         self.codebook = nn.Parameter(torch.zeros(n_codes, code_dim))  # the first batch will fill it
         # How often each code is used, where 1 is the average. It starts so low that the first
