@@ -31,8 +31,8 @@ Maths
   The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
   exactly. For q = sigmoid(logits_i), a term is -log q if x_i = 1 and -log(1 - q) if x_i = 0: the
-  binary cross-entropy of a pixel. Over the data, the mean of nll exceeds the data's own entropy by
-  KL(data || model), which is 0 only if p is their p.
+  binary cross-entropy of a pixel. Over the data, the mean of nll is their entropy plus KL(data ||
+  model), which is 0 only if both distributions are equal.
   Masks. Give each hidden unit a degree m: it may see the pixels 0 to m - 1. Pixel i has degree i +
   1 as an input, output i has degree i (so that it sees earlier pixels only), and one rule masks
   every layer:
@@ -43,12 +43,11 @@ Maths
            h2   1  1  .  .            out 1    1  .  .       out 2 sees h1 and h2, and these see
            h3   1  1  1  .            out 2    1  1  .       x0 and x1, but never x2
                                       out 3    1  1  1
-  In general, degrees never fall along a path. One that leads from pixel i, of degree i + 1, to
-  output k, of degree k, exists only if i + 1 <= k: output k sees pixels before k only, in any
-  number of layers.
+  In general, degrees never fall along a path. A path from pixel i, of degree i + 1, to output k, of
+  degree k, exists only if i + 1 <= k: output k sees pixels before k only, in any number of layers.
   A residual block, h + f(h) with two masked layers in f, has the same degrees before and after, so
-  unit k of the sum sees what unit k of h sees. Another masked layer, `direct`, leads from the
-  pixels straight to the outputs.
+  unit k of the sum may see the same pixels as unit k of h. Another masked layer, `direct`, leads
+  from the pixels straight to the outputs.
   Here the degrees of 1568 units run evenly from 1 to 783, about two units each, in ascending order.
   The paper draws them at random. Then 1568 units would leave one in seven of the 783 degrees
   without a unit, and the output of such a degree would hear of the pixel before it by `direct`
@@ -59,9 +58,10 @@ Maths
   slow.
   Each pixel is drawn with its probability: always taking the likelier value, which after black
   pixels is black, gives a blank image.
-  Labels. With --class-cond, the embedding of the label is added to the hidden units, and for one
-  training image in ten that of "no label" instead, so that one model learns both p(x | y) and p(x).
-  Sampling may exaggerate what the label adds (guidance):
+  Labels. With --class-cond, the embedding of the label is added to the hidden units after the first
+  layer (it comes from no pixel, so the masks still hold), and for one training image in ten that of
+  "no label" instead, so that one model learns both p(x | y) and p(x). Sampling may exaggerate what
+  the label adds (guidance):
       logits <- logits(no label) + guidance (logits(label) - logits(no label)),  guidance > 1
 
 Shapes
@@ -110,7 +110,7 @@ class MaskedLinear(nn.Linear):
 
 
 class ResidualBlock(nn.Module):
-    """h + last(relu(first(relu(h)))): unit k of the result sees what unit k of h sees."""
+    """h + last(relu(first(relu(h)))): unit k of the result may see the same pixels as that of h."""
 
     def __init__(self, degree):
         super().__init__()
@@ -171,8 +171,8 @@ class MADE(nn.Module):
     def logits_at(self, x, y, i, cache):
         """Logits (B,) of pixel i given those before it, for i = 0, 1, 2, ... in turn.
 
-        Adds the units of degree i to cache: they see pixels 0 to i - 1 and units of degree i or
-        less, and all of these are known by now.
+        Adds the units of degree i to cache, layer by layer: they see pixels 0 to i - 1, and of the
+        layer before, units of degree i or less, which are known by then.
         """
         if i == 0:
             cache["label"] = self.embed(x, y)  # (B, hidden)
@@ -190,7 +190,7 @@ class MADE(nn.Module):
         return logits[:, 0].float()
 
     def hidden_weights(self):
-        """None for Muon: to orthogonalise 1568 x 1568 takes far longer than a step of AdamW."""
+        """None go to Muon: to orthogonalise 1568 x 1568 takes far longer than a step of AdamW."""
         return []
 
     def loss(self, x, y=None):

@@ -26,8 +26,8 @@ Maths
   x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
   computed exactly, not bounded; each term is the binary cross-entropy of a pixel. Over the data,
-  the mean of nll exceeds the data's own entropy by KL(data || model), which is 0 only if p is their
-  p.
+  the mean of nll is their entropy plus KL(data || model), which is 0 only if both distributions are
+  equal.
   Masks. A kernel is centred on the pixel X that is predicted. The mask keeps the weights for the
   rows above and those for the left part of its own row. There are two masks, which differ in the
   centre m, here for a kernel of 3 x 3:

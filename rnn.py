@@ -32,8 +32,8 @@ Maths
   x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
   computed exactly, not bounded; each term is the binary cross-entropy of a pixel. Over the data,
-  the mean of nll exceeds the data's own entropy by KL(data || model), which is 0 only if p is their
-  p.
+  the mean of nll is their entropy plus KL(data || model), which is 0 only if both distributions are
+  equal.
   Tokens. Token i is the input vector of step i: the sum of what the convolution `stem` makes of the
   87 pixels before pixel i, and of embeddings of row and column, which say where in the image it
   stands.

@@ -32,8 +32,8 @@ Maths
   x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
   computed exactly, not bounded; each term is the binary cross-entropy of a pixel. Over the data,
-  the mean of nll exceeds the data's own entropy by KL(data || model), which is 0 only if p is their
-  p. Attention, for queries q, keys k and values v of d numbers each:
+  the mean of nll is their entropy plus KL(data || model), which is 0 only if both distributions are
+  equal. Attention, for queries q, keys k and values v of d numbers each:
       attention_i = sum_{j <= i} w_ij v_j,   w_ij = softmax_j(q_i k_j / sqrt(d)) over j <= i
   The softmax makes the weights w_ij positive, with a sum of 1 for each i. Layer
   norm gives q and k a length of sqrt(d), and for random directions q_i k_j is then of order

@@ -29,8 +29,8 @@ Maths
   x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
   computed exactly, not bounded; each term is the binary cross-entropy of a pixel. Over the data,
-  the mean of nll exceeds the data's own entropy by KL(data || model), which is 0 only if p is their
-  p.
+  the mean of nll is their entropy plus KL(data || model), which is 0 only if both distributions are
+  equal.
   A layer, with dilation d, is a causal convolution of kernel size 2 with a gate:
       value_i, gate_i = mix(h_{i-d}, h_i)
       change_i, skip_i = out(tanh(value_i) * sigmoid(gate_i))
