@@ -95,7 +95,7 @@ def speed(test_x):
 
 def show_matrix(axes, matrix, columns, rows, title):
     """A matrix of zeros and ones as filled squares, with names of its columns and rows."""
-    axes.imshow(matrix, cmap="Blues", vmin=0, vmax=1.6)
+    axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=1.6)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xticks([x - 0.5 for x in range(1, len(columns))], minor=True)

@@ -67,7 +67,7 @@ def test_compare_fills_the_readme_and_goes_on(monkeypatch, tmp_path):
         assert text.startswith("before\n" + compare.START)
         assert text.endswith(compare.END + "after\n")
         lines = [line for line in text.split("\n") if line.startswith("| ")]
-        names, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        names, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
         assert names == list(columns)
         assert len(rows) == 4  # two sorts of data, two models
         rows = [dict(zip(names, row)) for row in rows]

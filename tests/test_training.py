@@ -334,7 +334,7 @@ def test_resume_goes_on_as_the_run_was_started(small, capsys):
     vae.main(["--device", "cpu", "--resume", "--epochs", "3"])
     saved = load("out/vae")
     assert len(saved["log"]) == 3
-    expected = dict(epochs=3, batch_size=50, lr=2e-3, seed=3, dataset="MNIST")
+    expected = dict(epochs=3, batch_size=50, lr=vae.LR, seed=3, dataset="MNIST")
     assert saved["settings"] == expected
     assert saved["config"]["n_classes"] == 10
     assert len(Path("out/vae/log.csv").read_text().split()) == 4
