@@ -378,9 +378,12 @@ def orthogonalise(x):
     if is_tall:
         x = x.mT  # so that X X^T is the smaller product
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # now no s is above 1
+    a = 3.4445
+    b = -4.7750
+    c = 2.0315
     for _ in range(5):
         xxt = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * xxt + 2.0315 * xxt @ xxt) @ x
+        x = a * x + (b * xxt + c * xxt @ xxt) @ x
     if is_tall:
         x = x.mT
     return scale * x
@@ -408,7 +411,7 @@ def train_step(model, optimizers, autocast, x, y):
         loss, _ = model.loss(x, y)
     loss.backward()
     # If the gradient has a norm above 1, scale it down to 1. Where the loss is in nats, a sum over
-    # pixels, the norm is far above 1 (10 to 110), so all steps count equally in the running means.
+    # pixels, the norm is far above 1, so that all steps count equally in the running means.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()

@@ -112,7 +112,9 @@ def test_readme_commands(monkeypatch, capsys, tmp_path):
 
 def test_readme_code_runs(monkeypatch, capsys, tmp_path):
     """Its Python blocks, as written but for the numbers of samples."""
-    made, diffusion = __import__("made"), __import__("diffusion")
+    import diffusion
+    import made
+
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     given, train, load, notebook, _ = blocks
     monkeypatch.chdir(tmp_path)
@@ -154,7 +156,9 @@ def test_readme_trains_with_two_processes(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert re.search(r"^step 20 \| loss \d+\.\d$", result.stdout, re.M)
-    model = __import__("made").MADE(hidden=20)
+    from made import MADE
+
+    model = MADE(hidden=20)
     saved = torch.load(tmp_path / "ddp.pt", weights_only=True)
     model.load_state_dict(saved["model"])
 

@@ -52,7 +52,7 @@ def read_log(script):
     return {name: [float(row[name]) for row in rows] for name in rows[0]}
 
 
-def nats(test_x):
+def nats():
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
     for script in SCRIPTS:
         if script in GREY or not Path(f"out/{script}/log.csv").exists():
@@ -73,7 +73,7 @@ def nats(test_x):
     return figure
 
 
-def speed(test_x):
+def speed():
     figure, axes = plt.subplots(figsize=(6, 4))
     for script in SCRIPTS:
         path = Path(f"out/bench/{script}.pt")
@@ -110,7 +110,7 @@ def show_matrix(axes, matrix, columns, rows, title):
             axes.text(c, r, int(matrix[r, c]), ha="center", va="center", color=color)
 
 
-def masks(test_x):
+def masks():
     model = MADE(hidden=3, n_layer=0, size=2)
     first = model.stem.mask.float()  # (units, pixels)
     second = model.head.mask.float()  # (outputs, units)
@@ -133,7 +133,7 @@ def visible(model):
         return torch.autograd.grad(logit, x)[0][0, 0] != 0
 
 
-def fields(test_x):
+def fields():
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.8))
     index = torch.arange(784).view(28, 28)
     past = index < index[14, 14]
@@ -164,7 +164,7 @@ def fields(test_x):
     return figure
 
 
-def completions(test_x):
+def completions():
     """Columns of completion.png that several digits could complete, and a strip for each model."""
     scripts = SCRIPTS[:6]
     figure, axes = plt.subplots(1, len(scripts), figsize=(11, 3.1), layout="constrained")
@@ -183,17 +183,17 @@ def completions(test_x):
     return figure
 
 
-def posteriors(test_x):
+def posteriors():
     _, model, _ = load("vae", "vae-2d", "cpu")
-    _, _, images, labels = load_mnist()
+    _, _, test_x, test_y = load_mnist()
     torch.manual_seed(0)
-    mu, logvar = model.encode(torch.bernoulli(images[:1000] / 255))
+    mu, logvar = model.encode(torch.bernoulli(test_x[:1000] / 255))
     sigma = (0.5 * logvar).exp()
     figure, axes = plt.subplots(1, 2, figsize=(10, 5))
     for radius in (1, 2, 3):
         circle = plt.Circle((0, 0), radius, fill=False, color="0.7", linestyle="--", zorder=0)
         axes[0].add_patch(circle)
-    for m, s, label in zip(mu, sigma, labels):
+    for m, s, label in zip(mu, sigma, test_y):
         color = plt.get_cmap("tab10")(int(label))
         axes[0].add_patch(Ellipse(m, 2 * s[0], 2 * s[1], alpha=0.5, color=color))
     for digit in range(10):
@@ -209,8 +209,9 @@ def posteriors(test_x):
     return figure
 
 
-def codes(test_x):
+def codes():
     _, model, _ = load("vqvae", "vqvae", "cpu")
+    _, _, test_x, _ = load_mnist()
     torch.manual_seed(0)
     x = torch.bernoulli(test_x[:1] / 255)
     _, maps, _, logits, _ = model(x)
@@ -236,7 +237,7 @@ def codes(test_x):
     return figure
 
 
-def denoising(test_x):
+def denoising():
     _, model, _ = load("diffusion", "diffusion", "cpu")
     torch.manual_seed(3)
     noise = torch.randn(1, 1, 28, 28)
@@ -266,11 +267,10 @@ def main(argv=None):
     parser.add_argument("names", nargs="*", choices=[*FIGURES, []], help="(default: all)")
     parser.add_argument("--assets", type=Path, default=ROOT / "assets", help="where to write")
     args = parser.parse_args(argv)
-    _, _, test_x, _ = load_mnist()
     args.assets.mkdir(parents=True, exist_ok=True)
     for name in args.names or FIGURES:
         try:
-            figure = FIGURES[name](test_x)
+            figure = FIGURES[name]()
         except FileNotFoundError as error:
             print(f"{name}: not drawn, as {error.filename} is missing")
             continue
