@@ -1,4 +1,4 @@
-"""Data in, pictures out: what the ten scripts import from here, and nothing else.
+"""Loading data and saving pictures, for all ten scripts.
 
 train_x, train_y, test_x, test_y = load_mnist()    # uint8 images (N, 1, 28, 28), int64 labels (N,)
 save_images(images, "out/grid.png")                # a grid; .gif an animation; .npy the numbers
@@ -20,8 +20,8 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.utils import make_grid
 
-# md5 of what is inside the files, for copies that were compressed anew, as some Linux distributions
-# ship them; those of the files as they were published are torchvision's
+# md5 of the unpacked files, to accept recompressed copies, such as some Linux distributions ship;
+# torchvision knows the md5 of the published .gz files
 UNPACKED_MD5 = {
     "MNIST": {
         "train-images-idx3-ubyte.gz": "6bbc9ace898e44ae57da46a324031adb",
@@ -47,8 +47,8 @@ def load_mnist(data_dir=None, dataset="MNIST", device="cpu"):
     data_dir: folder that holds dataset/raw; None: the folder data beside this file
     dataset:  MNIST, FashionMNIST or KMNIST (names, md5 sums and mirrors are torchvision's)
     Returns   train_x (60000, 1, 28, 28) uint8, train_y (60000,) int64, and likewise test_x, test_y
-    Raises    OSError, in one line, if a file is damaged, or missing and cannot be downloaded; what
-              is there already is never replaced
+    Raises    OSError, in one line, if a file is damaged, or is missing and cannot be downloaded;
+              existing files are never replaced
     """
     if data_dir is None:
         data_dir = Path(__file__).parent / "data"
@@ -59,7 +59,8 @@ def load_mnist(data_dir=None, dataset="MNIST", device="cpu"):
         path = raw / name
         if not path.exists():
             _write(path, _download(source.mirrors, path, md5))
-        data = np.frombuffer(_unpack(path, md5, UNPACKED_MD5.get(dataset, {}).get(name)), np.uint8)
+        unpacked_md5 = UNPACKED_MD5.get(dataset, {}).get(name)  # None for KMNIST
+        data = np.frombuffer(_unpack(path, md5, unpacked_md5), np.uint8)
         if "images" in name:
             data = data[16:].reshape(-1, 1, 28, 28)  # after a header of 16 bytes
         else:
@@ -73,14 +74,14 @@ def _md5(data):
 
 
 def _unpack(path, md5, unpacked_md5):
-    """The bytes inside a .gz file; OSError unless it is the original, or holds the same."""
+    """The bytes inside a .gz file; OSError unless its content is the original."""
     packed = path.read_bytes()
     try:
         data = gzip.decompress(packed)
     except (OSError, EOFError, zlib.error) as error:
-        raise OSError(f"{path} is damaged ({error}): delete it, and it is downloaded") from error
+        raise OSError(f"{path} is damaged ({error}): delete it to download it again") from error
     if _md5(packed) != md5 and _md5(data) != unpacked_md5:
-        raise OSError(f"{path} holds other data than the original: move it away, to download that")
+        raise OSError(f"{path} holds other data than the original: move it to download that")
     return data
 
 
@@ -91,7 +92,10 @@ def _download(mirrors, path, md5):
         try:
             data = _fetch(mirror + path.name)
         except (OSError, HTTPException) as error:
-            reasons.append(" ".join(str(error).split()) or type(error).__name__)
+            reason = " ".join(str(error).split())  # in one line
+            if not reason:
+                reason = type(error).__name__
+            reasons.append(reason)
             continue
         if _md5(data) == md5:
             return data
@@ -112,7 +116,7 @@ def _fetch(url):
 def _write(path, data):
     """Write bytes to path in one step; its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # processes may write at once
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # unique: others may write, too
     try:
         part.write_bytes(data)
         os.replace(part, path)
@@ -125,7 +129,7 @@ def save_images(images, path):
 
     .png  (N, 1, H, W): a grid of ten columns
     .gif  (T, N, 1, H, W): such grids, one after another, in 16 greys; it loops, rests on its last
-          frame, and shows as many of the T frames (each, each second, ...) as fit into 1 MB
+          frame, and shows all T frames or, to stay below 1 MB, every second, third, ... one
     .npy  (N, 1, H, W): the numbers, uint8 (N, H, W) in 0..255
 
     The folder is created, and a file of that name is replaced in one step.
@@ -137,7 +141,7 @@ def save_images(images, path):
     if path.suffix not in dimensions:
         raise ValueError(f"{path} must end in .png, .gif or .npy")
     if images.ndim != dimensions[path.suffix] or images.shape[-3] != 1 or images.numel() == 0:
-        raise ValueError(f"images of shape {tuple(images.shape)} make no {path.suffix} file")
+        raise ValueError(f"images of shape {tuple(images.shape)} do not fit a {path.suffix} file")
     if not ((images >= 0) & (images <= 1)).all():  # NaN fails both
         raise ValueError("images must lie in [0, 1] and hold no NaN")
     file = io.BytesIO()
@@ -160,9 +164,10 @@ def _grid(images, n_greys):
 
 
 def _animate(frames, limit=1_000_000):
-    """Pictures -> the bytes of a GIF below the limit: of all frames, or each second, third, ..."""
+    """Pictures -> the bytes of a GIF of all frames or, above the limit, every second, third, ..."""
     for stride in range(1, len(frames) + 1):
-        shown = frames[(len(frames) - 1) % stride :: stride]  # the last frame is always among them
+        first = (len(frames) - 1) % stride  # so that the last frame is always shown
+        shown = frames[first::stride]
         durations = [80] * (len(shown) - 1) + [2000]  # milliseconds
         file = io.BytesIO()
         shown[0].save(

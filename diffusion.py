@@ -1,82 +1,86 @@
-"""Diffusion: learn to remove a little noise from an image, then turn pure noise into a digit.
+"""Diffusion: learn to tell image from noise, then turn pure noise into a digit, step by step.
 
     python diffusion.py --epochs 10
 
 Ho, Jain and Abbeel 2020 (DDPM), arXiv:2006.11239. Differences from it: time is continuous, where
-DDPM has 1000 steps, each with its own amount of noise; the network predicts the velocity v
-(Salimans and Ho 2022, arXiv:2202.00512), and is shown the image that it predicted last
-(self-conditioning: Chen et al. 2022, arXiv:2208.04202); a sampler between DDPM's and DDIM's (Song
-et al. 2020, arXiv:2010.02502), of second order; guidance by labels (Ho and Salimans 2022,
-arXiv:2207.12598); a smaller U-Net, of two resolutions, with layer norms; the matrices of its blocks
-trained by Muon (see the train section).
+DDPM has 1000 steps with a noise level each; noise is added along an arc (a cosine, as in Nichol and
+Dhariwal 2021, arXiv:2102.09672); the network predicts the velocity v (Salimans and Ho 2022,
+arXiv:2202.00512) and is shown the image that it predicted last (self-conditioning: Chen et al.
+2022, arXiv:2208.04202); a sampler between DDPM's and DDIM's (Song et al. 2020, arXiv:2010.02502),
+of second order; guidance by labels (Ho and Salimans 2022, arXiv:2207.12598); a smaller U-Net, with
+two resolutions, layer norms and no attention; the matrices of its blocks trained by Muon (see the
+train section).
 
 Idea
   Mix an image with random noise, more and more, until nothing of the image is left. To undo that at
-  once is impossible: for pure noise, the best prediction of the image is the average of all digits,
-  a grey blur. But a small step towards that prediction is safe: most of the noise remains, so it
-  can still be corrected. And the network can look again: now there is a hint of an image, and the
-  next prediction will be a little sharper. After 50 steps, the hints have become a digit, and other
-  noise becomes another digit.
-  Training needs no such steps: mix an image with noise, in a random proportion, and let the network
+  once is impossible: given pure noise, the best prediction of the image is the average of all
+  digits, a grey blur. But a small step towards that prediction is safe: most of the noise remains,
+  so an error can still be corrected. And the network can look again: now there is a hint of an
+  image, and the next prediction is a little sharper. After 50 steps, the hint has become a digit.
+  Different noise gives a different digit.
+  Training needs no such steps. Mix an image with noise, in a random proportion, and let the network
   find out what is image and what is noise. It is plain regression, with nothing to balance: no
   opponent as in a GAN, no code as in a VAE.
-  The price: a sample takes 50 passes of the network, where a GAN needs one; and the loss is no
+  The price: a sample takes 50 passes of the network, where a GAN needs one. And the loss is not a
   likelihood, so it does not say how probable an image is.
 
 Maths
-  Mixing. Time t runs from 0, the image x0, to 1, the noise eps, a number from N(0, 1) for each
-  pixel:
+  Mixing. Time t runs from 0 (the image x0) to 1 (the noise eps: for each pixel, a number from N(0,
+  1)):
       x_t = cos(a) x0 + sin(a) eps,   a = t pi / 2
-  As cos^2 + sin^2 = 1, noise and image trade places without x_t growing. (alpha_bar, in DDPM and in
-  most tutorials, is cos(a)^2.) As t rises, x_t moves on an arc from x0 to eps, with the velocity
+  As cos^2 + sin^2 = 1, noise and image trade places without x_t growing. (DDPM and most tutorials
+  write alpha_bar for cos(a)^2.) As the angle a rises, x_t moves on an arc from x0 to eps, with the
+  velocity
       v = dx_t/da = cos(a) eps - sin(a) x0.
   x_t and v together determine both parts:
       x0 = cos(a) x_t - sin(a) v,   eps = sin(a) x_t + cos(a) v.
   Learning.
       loss = E || v_net(x_t, t) - v ||^2 / 784,   the mean over the pixels, over x0, eps and t
   Many pairs of x0 and eps give the same x_t, each with a v of its own. The squared error is
-  smallest if the network predicts the mean of these: it learns E[v | x_t] at time t, and so, by the
-  two equations, E[x0 | x_t] and E[eps | x_t]. Predicting eps, as DDPM does, would learn the same,
-  but have nothing to learn at t = 1, where x_t is eps; predicting x0, nothing at t = 0. v is the
-  unknown part at both ends. t = sqrt(u) with u uniform in [0, 1]: large t, where the content of the
-  image is decided, get more of the training.
-  Self-conditioning. A step of the sampler predicts x0, and the next step should only have to refine
-  it. So the network has a second input, the x0 predicted last (zeros, if there is none). In
-  training, half of the images get what the network predicts from the same x_t with zeros there.
-  The score. Given x0, x_t has the density N(cos(a) x0, sin(a)^2), and the gradient of its logarithm
-  is -(x_t - cos(a) x0) / sin(a)^2 = -eps / sin(a). p(x_t) is the mean of these densities over x0.
-  As grad p = p grad log p, its score is the mean of these gradients, weighted by p(x0 | x_t):
-      grad log p(x_t) = -E[eps | x_t] / sin(a),
-  the score: the direction in which images with this much noise become more probable. To predict the
-  noise is to know the score.
+  smallest if the network predicts the mean of these. So it learns E[v | x_t] at time t and, by the
+  two equations above, E[x0 | x_t] and E[eps | x_t]. (A network that predicts eps, like DDPM's,
+  learns the same, except at t = 1, where eps is just x_t and says nothing of x0.) t = sqrt(u) with
+  u uniform in [0, 1], so training favours large t, where the content of the image is decided.
+  Self-conditioning. Each step of the sampler predicts x0, and the next step should only have to
+  refine it. So the network has a second input, the x0 predicted last, or zeros if there is none. In
+  training, half of the images get the x0 that a first pass, with zeros, predicts from the same x_t.
+  The score. (Not needed below, but papers speak of it.) Given x0, x_t has the density N(cos(a) x0,
+  sin(a)^2), and the gradient of its logarithm is -(x_t - cos(a) x0) / sin(a)^2 = -eps / sin(a).
+  p(x_t) is the mean of these densities over x0. As grad p = p grad log p, grad log p(x_t) is the
+  mean of these gradients, weighted by p(x0 | x_t):
+      grad log p(x_t) = -E[eps | x_t] / sin(a).
+  This is the score: the direction in which images with this much noise become more probable. To
+  predict the noise is to know the score.
   Sampling. Start from noise at t = 1. A step from angle a to a smaller angle b splits x into the
   predicted x0 and eps, replaces a part of eps by fresh noise, and mixes again, for angle b:
       x <- cos(b) x0 + sin(b) (keep eps + sqrt(1 - keep^2) noise),   keep = (tan(b) / tan(a))^fresh
-  (All but the first and the last step extrapolate x0 to their middle, see move, so that fewer steps
-  suffice. Apart from that:)
+  (All steps but the first and the last use an x0 that is extrapolated to the middle of the step,
+  see move, so that fewer steps suffice. What follows leaves that aside, and self-conditioning,
+  too.)
   fresh = 0 is DDIM: the noise at the start decides the image, and small steps follow dx/da = E[v |
   x].
-  Why that ends at digits: many arcs pass through a point x. The density there changes only by what
-  flows in and out, and the flow is the density times the mean of their velocities. So if all points
-  move with that mean, the flow is the same, and so is the density at each t: that of noise at t =
-  1, hence that of images at t = 0.
-  fresh = 1 is DDPM, whose steps draw x from p(x_b | x_a, x0). tan is the ratio of noise to image.
-  Fresh noise washes out errors of the steps before, and the network removes it again; but that
-  takes more steps, and makes strokes a little thinner. fresh = 0.25 lies between. (The first step,
-  where tan(a) is infinite, then replaces all noise.)
-  Guidance. With --class-cond, an embedding of the label is added to that of t, and for one training
-  image in ten that of "no label". Sampling follows v(no label) + guidance (v(label) - v(no label)):
-  0 ignores the label, 1 is the model of images with that label, more than 1 exaggerates what the
-  label adds.
+  Why does that end at digits? Many arcs pass through a point x. The density there changes only by
+  what flows in and out, and the flow is the density times the mean velocity of these arcs. So if
+  all points move with that mean, the flow is the same, and so is the density at each t: that of
+  noise at t = 1, hence that of images at t = 0.
+  fresh = 1 is DDPM, whose steps draw x from p(x_b | x_a, x0). (tan is the ratio of noise to image.)
+  Fresh noise washes out errors of earlier steps, and the network removes it again. But this needs
+  more steps, and makes strokes a little thinner. fresh = 0.25 lies between. (For any fresh > 0, the
+  first step, where tan(a) is infinite, replaces all noise.)
+  Guidance. With --class-cond, an embedding of the label is added to that of t. One training image
+  in ten gets the embedding of "no label" instead. Sampling follows v(no label) + guidance *
+  (v(label) - v(no label)): 0 ignores the label, 1 is the model of images with that label, more than
+  1 exaggerates what the label adds.
 
 Shapes
-  x (B, 1, 28, 28) in [0, 1] as given to loss; x0 in [-1, 1], so that its mean square is near that
+  x (B, 1, 28, 28) in [0, 1] as given to loss(); x0 in [-1, 1], so that its mean square is near that
   of the noise, 1; x_t, v, eps (B, 1, 28, 28); t (B,) in [0, 1]; y (B,) in 0..9, or 10 for "no
   label". size: a multiple of 4.
 
 What to expect
-  loss: the mean squared error of v per pixel. It falls fast at first, then slowly, and stays far
-  above 0, as x_t does not determine v. It does not tell which of two models draws better.
+  loss is the mean squared error of v per pixel. It falls to 0.15 in the first epoch and then slowly
+  to 0.141. It stays far above 0, because x_t does not determine v, and does not say which of two
+  models draws better.
 """
 
 import argparse
@@ -107,7 +111,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb):  # x (B, C, H, W), emb (B, n_embd)
         scale, shift = self.modulate(emb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1) each
-        h = self.conv1(F.silu(x)).permute(0, 2, 3, 1)  # (B, H, W, C): normalise each pixel's C
+        h = self.conv1(F.silu(x)).permute(0, 2, 3, 1)  # (B, H, W, C), to normalise over C
         h = F.layer_norm(h, h.shape[-1:]).permute(0, 3, 1, 2)  # (B, C, H, W)
         return x + self.conv2(F.silu(torch.addcmul(shift, h, 1 + scale)))  # shift + h (1 + scale)
 
@@ -120,14 +124,14 @@ def slerp(a, b, n=10):
     a = a.flatten(1)[:, None]  # (B, 1, D)
     b = b.flatten(1)[:, None]
     cosine = F.cosine_similarity(a, b, dim=2)[..., None]  # (B, 1, 1)
-    angle = cosine.clamp(-1, 1).acos().clamp(min=1e-4)  # a = b shall give a, not 0 / 0
+    angle = cosine.clamp(-1, 1).acos().clamp(min=1e-4)  # so that a = b gives a, not 0 / 0
     w = torch.linspace(0, 1, n, device=a.device)[:, None]  # (n, 1)
     arc = (((1 - w) * angle).sin() * a + (w * angle).sin() * b) / angle.sin()  # (B, n, D)
     return arc.flatten(0, 1)
 
 
 class Diffusion(nn.Module):
-    """A U-Net v(x_t, t, y) over two resolutions, and the process that it undoes.
+    """A U-Net v(x_t, t, y, x0_last) over two resolutions, and the noising that it undoes.
 
     channels: at 14 x 14, twice as many at 7 x 7; n_inner: residual blocks at 7 x 7; n_embd: numbers
     in the vector of time and label, even; size: pixels per side; n_classes: number of labels, or 0
@@ -186,7 +190,7 @@ class Diffusion(nn.Module):
         return x_t, v
 
     def hidden_weights(self):
-        """The matrices in the blocks, which Muon trains."""
+        """The weights that Muon trains: the matrices and kernels in the blocks."""
         blocks = [*self.inner, self.outer]
         return [weight for block in blocks for weight in block.parameters() if weight.ndim > 1]
 
@@ -212,8 +216,8 @@ class Diffusion(nn.Module):
         return loss, {"loss": loss}
 
     def guided_v(self, x_t, t, y, guidance, x0_last):
-        """v of x_t (B, 1, H, W) at time t, a number. If there are labels y (B,), it goes from the v
-        without labels towards that with labels, and for guidance > 1 beyond it."""
+        """v of x_t (B, 1, H, W) at time t, a number; with labels y (B,), it is
+        v(no label) + guidance * (v(y) - v(no label))."""
         t = torch.full((len(x_t),), t, device=x_t.device, dtype=x_t.dtype)
         v = self(x_t, t, None, x0_last)
         if y is None:
@@ -227,12 +231,12 @@ class Diffusion(nn.Module):
         """Move x (B, 1, H, W) from time start to time end, in equal steps -> x at time end.
 
         A step splits x into x0 and eps, as the network predicts them, and mixes these again for the
-        next time. A network call a step; two, if labels y (B,) are given.
+        next time. One call of the network per step, two if labels y (B,) are given.
 
-        fresh:  exponent of keep, the part of eps that is not replaced by fresh noise in a step. 0:
-                nothing is, so the start determines the end (DDIM); 1: DDPM. Only for end < start
-        self_cond: show the network the x0 that it predicted last. If not, v depends on x and t
-                alone, so that with fresh = 0 the steps can be undone, nearly
+        fresh:  how much of eps each step replaces by fresh noise (the exponent of keep). 0: none,
+                so the start determines the end (DDIM); 1: as DDPM. Above 0 only if end < start
+        self_cond: show the network the x0 that it predicted last. Without it, v depends on x, t and
+                y alone, so that with fresh = 0 the steps can nearly be undone
         frames: a list, to which each step appends the new x and the x0 predicted from the old one
         """
         x0_last = None
@@ -247,7 +251,8 @@ class Diffusion(nn.Module):
             x0_middle = x0
             if x0_last is not None and t_next > 0:
                 # x0 as it will be in the middle of the step, if it goes on changing as it did, and
-                # the eps that makes up x with it: a second-order method, as it uses two predictions
+                # the eps that belongs to it: x = cos(a) x0_middle + sin(a) eps. With the middle,
+                # the error falls with the square of the step (second order).
                 x0_middle = 1.5 * x0 - 0.5 * x0_last
                 eps = (x - math.cos(a) * x0_middle) / math.sin(a)
             if fresh > 0:
@@ -281,8 +286,8 @@ class Diffusion(nn.Module):
         frames = []
         self.move(torch.randn_like(x), 1, 0, 25, frames=frames)
         process = torch.stack([torch.cat(pair, dim=-1) for pair in frames])
-        # Backwards, from the images to their noise. Not from t = 0, where there is no noise in x_t,
-        # so that the network can only predict its mean, 0: hence we add some.
+        # Backwards, from the images to their noise. Not from t = 0: there is no noise in x_t there,
+        # so the best prediction of eps is 0. So we add a little noise first.
         start = 0.05
         x_t, _ = self.diffuse(2 * x - 1, x.new_full((len(x),), start), torch.randn_like(x))
         noise = self.move(x_t, start, 1, 50, self_cond=False)
@@ -315,8 +320,8 @@ class Diffusion(nn.Module):
 
 
 # ---------------------------------------------------------------- train
-# The same text in all ten scripts, but for these constants and, in gan.py, the optimizers and
-# train_step. The heart of it is train_step.
+# The same text in all ten scripts, except for these constants and, in gan.py, make_optimizers and
+# train_step. Start reading at train_step.
 NAME = "diffusion"  # names the folder in out/; checkpoints say it, so that others are refused
 Model = Diffusion
 EPOCHS = 10
@@ -325,9 +330,9 @@ LR = 5e-3
 
 
 def learning_rate(step, total_steps, peak):
-    """Rises to the peak over the first 2 % of the steps, then falls linearly towards 0.
+    """The rate at a step: it rises to the peak over the first 2 %, then falls linearly to 0.
 
-    step: from 1 to total_steps; the rate would reach 0 at total_steps + 1
+    step: from 1 to total_steps; 0 would be reached at total_steps + 1
     """
     warmup = max(1, round(0.02 * total_steps))
     if step <= warmup:
@@ -344,34 +349,37 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, weights):
-        groups = {}  # of weights of the same shape: few large operations instead of many small ones
+        # one group for all weights of a shape: a few large operations instead of many small ones
+        groups_by_shape = {}
         for weight in weights:
-            groups.setdefault(weight.shape, []).append(weight)
-        super().__init__([{"params": group} for group in groups.values()], {"lr": 0.0})
+            groups_by_shape.setdefault(weight.shape, []).append(weight)
+        param_groups = [{"params": group} for group in groups_by_shape.values()]
+        super().__init__(param_groups, defaults={"lr": 0.0})  # train_epoch sets the rate
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             weights = group["params"]
             grads = torch.stack([weight.grad for weight in weights]).flatten(2)  # (K, M, N)
-            state = self.state[weights[0]]
+            state = self.state[weights[0]]  # the first weight keeps the state of its whole group
             if not state:
                 state["mean"] = torch.zeros_like(grads)
-            state["mean"].lerp_(grads, 0.05)  # mean <- 0.95 mean + 0.05 grads
-            # Nesterov's momentum: for the update, the newest gradient is mixed in once more
-            updates = orthogonalise(grads.lerp(state["mean"], 0.95))
+            mean = state["mean"]
+            mean.lerp_(grads, 0.05)  # mean <- 0.95 mean + 0.05 grads
+            nesterov = grads.lerp(mean, 0.95)  # 0.95 mean + 0.05 grads, once more
+            updates = orthogonalise(nesterov)
             for weight, update in zip(weights, updates):
                 weight.sub_(update.reshape(weight.shape), alpha=group["lr"])
 
 
 def orthogonalise(x):
-    """Matrices x (K, M, N), each U S V^T (its singular value decomposition) -> about U V^T, scaled.
+    """Replace each matrix U S V^T (its singular value decomposition) in x (K, M, N) by about U V^T.
 
-    The iteration X <- a X + b (X X^T) X + c (X X^T)^2 X leaves U and V as they are, and turns each
-    singular value s into a s + b s^3 + c s^5. With the a, b and c below, five of these steps turn
-    any s from 0.002 to 1 into one from 0.68 to 1.2, which takes far less time than to compute U, S
-    and V. The result is scaled to a root mean square of about 0.2, that of AdamW's updates, so that
-    one learning rate suits both (arXiv:2502.16982).
+    The iteration X <- a X + b (X X^T) X + c (X X^T)^2 X keeps U and V, and turns each singular
+    value s into a s + b s^3 + c s^5. With the a, b and c below, five steps turn any s between 0.002
+    and 1 into one between 0.68 and 1.2, in far less time than computing U, S and V would take. The
+    result is scaled to a root mean square of about 0.2, like AdamW's updates, so that one learning
+    rate suits both (arXiv:2502.16982).
     """
     scale = 0.2 * max(x.shape[1:]) ** 0.5
     is_tall = x.shape[1] > x.shape[2]
@@ -383,7 +391,7 @@ def orthogonalise(x):
     c = 2.0315
     for _ in range(5):
         xxt = x @ x.mT
-        x = a * x + (b * xxt + c * xxt @ xxt) @ x
+        x = a * x + (b * xxt + (c * xxt) @ xxt) @ x
     if is_tall:
         x = x.mT
     return scale * x
@@ -395,7 +403,8 @@ def make_optimizers(model):
     train_epoch sets the learning rate of both.
     """
     hidden = model.hidden_weights()
-    others = [weight for weight in model.parameters() if not any(weight is h for h in hidden)]
+    hidden_ids = {id(weight) for weight in hidden}
+    others = [weight for weight in model.parameters() if id(weight) not in hidden_ids]
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     optimizers = [adamw]
     if hidden:
@@ -410,8 +419,8 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # If the gradient has a norm above 1, scale it down to 1. Where the loss is in nats, a sum over
-    # pixels, the norm is far above 1, so that all steps count equally in the running means.
+    # If the gradient has a norm above 1, scale it down to 1. A loss that is a sum over pixels has a
+    # norm far above 1: then all steps have norm 1, and none dominates the optimizers' means.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -436,17 +445,18 @@ def update_ema(ema, model, step):
 def train_epoch(epoch, args, model, ema, optimizers, images, labels):
     """Update model and ema on all uint8 images (N, 1, H, W), labels (N,) or None, in random order.
 
-    Returns the mean loss and the seconds that it took. The images that do not fill a last batch
-    are left out.
+    Returns the mean loss and the seconds taken. The images that do not fill a last batch are left
+    out.
     """
     set_seed(args.seed, epoch)  # the same order and noise, whether the run was resumed or not
     order = torch.randperm(len(images)).to(images.device)
     steps = len(images) // args.batch_size
     total_steps = args.epochs * steps
     autocast = bfloat16_autocast(args.device)
-    is_terminal = os.isatty(1)
+    is_terminal = os.isatty(1)  # 1 is standard output
     loss_sum = 0
-    start = shown = time.time()
+    start = time.time()
+    last_shown = start
     for i in range(steps):
         step = (epoch - 1) * steps + i + 1  # counted from the first epoch
         for optimizer in optimizers:
@@ -461,12 +471,14 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
         loss_sum += loss
 
         # on a terminal, at most once a second, because reading the loss waits for the GPU
-        if is_terminal and time.time() > shown + 1:
-            shown = time.time()
-            seconds_per_step = (shown - start) / (i + 1)
+        if is_terminal and time.time() > last_shown + 1:
+            loss_now = float(loss)
+            last_shown = time.time()
+            seconds_per_step = (last_shown - start) / (i + 1)
             speed = args.batch_size / seconds_per_step
             seconds_left = seconds_per_step * (total_steps - step)
-            line = f"step {step}/{total_steps} | loss {loss:.4g} | {speed:,.0f} img/s"
+            line = f"step {step}/{total_steps} | loss {loss_now:.4g} | {speed:,.0f} img/s"
+            # spaces at the end: they overwrite the rest of a longer line
             print(f"{line} | {seconds_left:.0f} s left  ", end="\r", flush=True)
     mean_loss = float(loss_sum) / steps  # waits until a GPU has done the last step
     return mean_loss, time.time() - start
@@ -475,9 +487,9 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
 def evaluate(loss_fn, images, autocast, batch_size=500):
     """Mean of each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: number}.
 
-    It gives no labels, so that runs with and without labels can be compared, and seeds each batch,
-    so that every call sees the same noise. There is no torch.no_grad(), as the loss of gan.py takes
-    a gradient; the weights of ema have requires_grad False, so no graph is kept anyway.
+    loss_fn gets no labels, so that runs with and without labels can be compared. Each batch is
+    seeded, so that every call sees the same noise. There is no torch.no_grad() here, because the
+    loss of gan.py computes a gradient; the weights of ema need none, so no graph is kept.
     """
     means = {}
     for i, batch in enumerate(images.split(batch_size)):
@@ -490,7 +502,9 @@ def evaluate(loss_fn, images, autocast, batch_size=500):
 
 
 def draw_samples(model, n, args, chunk=500):
-    """Draw n images (n, 1, H, W) in [0, 1], always the same for a seed; with labels 0, 1, 2, ...
+    """Draw n images (n, 1, H, W) in [0, 1], the same each time for the same seed and n.
+
+    If the model has labels, they are 0, 1, 2, ... in turn.
 
     chunk: images drawn at a time, to limit memory
     """
@@ -504,12 +518,13 @@ def draw_samples(model, n, args, chunk=500):
 
 
 def set_seed(seed, epoch=0):
-    """Seed torch for an epoch from 1 on; epoch 0 is for the initial weights, and for sampling."""
+    """Seed torch for an epoch from 1 on; epoch 0 is for the initial weights and for sampling."""
+    # a large prime keeps apart the epochs of two seeds; torch takes no negative numbers
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
 def bfloat16_autocast(device):
-    """The context that runs convolutions and products in bfloat16, where the hardware can."""
+    """A context in which convolutions and matrix products run in bfloat16, if the hardware can."""
     supported = False
     if device == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -519,7 +534,7 @@ def bfloat16_autocast(device):
 
 
 def make_checkpoint(args, config, model, ema, optimizers, log):
-    """All that it takes to draw samples (config and model), and to continue the training."""
+    """Everything needed to draw samples (config and model) and to continue the training."""
     settings = ("epochs", "batch_size", "lr", "seed", "dataset")
     return {
         "script": NAME,
@@ -555,13 +570,17 @@ def load_checkpoint(path, resume):
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)
         if checkpoint.get("script", NAME) != NAME:
-            raise ValueError(f"it is of {checkpoint['script']}.py")
+            raise ValueError(f"it was written by {checkpoint['script']}.py")
         model = Model(**checkpoint["config"])
         model.load_state_dict(checkpoint["model"])  # raises an error if they do not fit
-        # a config made by hand may leave these to the model's defaults
-        checkpoint["config"].update(size=model.size, n_classes=model.n_classes)
+        # a config made by hand may leave sizes to their defaults
+        sizes = {**size_defaults(), "size": model.size, "n_classes": model.n_classes}
+        checkpoint["config"] = {**sizes, **checkpoint["config"]}
     except Exception as error:  # a missing, damaged or foreign file can raise anything
-        fail(f"cannot load {path}: {' '.join(str(error).split()) or type(error).__name__}")
+        reason = " ".join(str(error).split())  # in one line
+        if not reason:
+            reason = type(error).__name__
+        fail(f"cannot load {path}: {reason}")
     missing = {"settings", "model_in_training", "optimizers", "log"} - checkpoint.keys()
     if resume and missing:
         fail(f"cannot resume from {path}: it has no {', '.join(sorted(missing))}")
@@ -579,13 +598,13 @@ def to_flag(name):
 
 
 def size_defaults():
-    """{name: default} of the model's sizes, but for two that follow from the data."""
+    """{name: default} of the model's sizes, except size and n_classes, which the data decide."""
     parameters = inspect.signature(Model).parameters.values()
     return {p.name: p.default for p in parameters if p.name not in ("size", "n_classes")}
 
 
 def make_parser():
-    """All flags: the same ones in each script, and then the sizes of its model."""
+    """The flags: first those that all ten scripts share, then the sizes of this model."""
     devices = ["cpu"]
     if torch.backends.mps.is_available():
         devices.append("mps")
@@ -601,19 +620,25 @@ def make_parser():
     add("--epochs", type=int, default=EPOCHS, help="passes over the images (default %(default)s)")
     add("--batch-size", type=int, default=BATCH_SIZE, help="images per step (default %(default)s)")
     add("--lr", type=float, default=LR, help="peak learning rate (default %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, order and noise (default %(default)s)")
+    add("--seed", type=int, default=0, help="of all random numbers (default %(default)s)")
     add("--device", choices=devices, default=device, help="where to compute (default %(default)s)")
-    add("--dataset", choices=datasets, default="MNIST", help="(default %(default)s)")
+    add("--dataset", choices=datasets, default="MNIST", help="(default MNIST)")
     add("--data-dir", type=Path, help="folder of the data sets (default: data, beside common.py)")
-    add("--out-dir", type=Path, default=Path("out", NAME), help="for output (default %(default)s)")
+    add("--out-dir", type=Path, default=Path("out", NAME), help="of this run (default %(default)s)")
     add("--class-cond", action="store_true", help="learn labels; grids have a column per class")
-    add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile the network: a slow start, but it may pay",
+    )
     add("--dry-run", action="store_true", help="only two batches per epoch; overwrites OUT_DIR-dry")
-    add("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
+    add("--tensorboard", action="store_true", help="also log for TensorBoard, into OUT_DIR")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="continue the run in OUT_DIR")
-    mode.add_argument("--sample", type=int, metavar="N", help="only draw N images from that run")
-    sizes = parser.add_argument_group("sizes of the model", Model.__doc__)  # which explains them
+    mode.add_argument(
+        "--sample", type=int, metavar="N", help="draw N images from the run in OUT_DIR"
+    )
+    sizes = parser.add_argument_group("sizes of the model", Model.__doc__)
     for name, value in size_defaults().items():
         sizes.add_argument(
             to_flag(name), type=type(value), default=value, help=f"(default {value})"
@@ -624,15 +649,17 @@ def make_parser():
 def parse_args(argv):
     """The settings in the list argv (None: of the command line), and a checkpoint or None.
 
-    --resume and --sample load the checkpoint of a run. What it was made with takes the place of
-    the defaults, and a flag that says otherwise is refused.
+    --resume and --sample load the checkpoint of a run. The run's own settings replace the
+    defaults, and a flag that contradicts them is refused, unless it may change.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
     for name in ("epochs", "batch_size", "lr", "sample"):
         value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            parser.error(f"{to_flag(name)} must be a finite number above 0")
+        if value is None:  # no --sample
+            continue
+        if value <= 0 or not math.isfinite(value):
+            parser.error(f"{to_flag(name)} must be positive and finite")
     out_dir = args.out_dir.expanduser()
     if args.dry_run:
         out_dir = Path(f"{out_dir}-dry")
@@ -640,18 +667,19 @@ def parse_args(argv):
     checkpoint = None
     if args.resume or args.sample:
         checkpoint = load_checkpoint(out_dir / "model.pt", args.resume)
-        made_with = {**checkpoint.get("settings", {}), **checkpoint["config"]}
-        made_with["class_cond"] = made_with.pop("n_classes") > 0
-        made_with.pop("size")
-        # parse again, with the run's settings as defaults: any value that differs now is a flag's
-        parser.set_defaults(**made_with)
+        run_settings = {**checkpoint.get("settings", {}), **checkpoint["config"]}
+        del run_settings["size"]
+        n_classes = run_settings.pop("n_classes")
+        run_settings["class_cond"] = n_classes > 0
+        # Parse again with these as defaults: a value that still differs was given by a flag.
+        parser.set_defaults(**run_settings)
         args = parser.parse_args(argv)
         may_differ = ["epochs", "lr"]
         if args.sample:
             may_differ += ["batch_size", "seed"]
-        for name, value in made_with.items():
+        for name, value in run_settings.items():
             if getattr(args, name) != value and name not in may_differ:
-                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}: {value} there")
+                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}, which has {value}")
     args.out_dir = out_dir
     return args, checkpoint
 
@@ -668,6 +696,54 @@ def sample_only(args, checkpoint):
     print(f"wrote samples.npy and samples.png into {args.out_dir}")
 
 
+def load_images(args):
+    """-> uint8 images (N, 1, H, W) to train on, their labels (N,) or None, and test images."""
+    from common import load_mnist  # here, so that the model can be imported without common.py
+
+    train_x, train_y, test_x, _ = load_mnist(args.data_dir, args.dataset, args.device)
+    if args.dry_run:
+        limit = 2 * args.batch_size
+        train_x = train_x[:limit]
+        train_y = train_y[:limit]
+        test_x = test_x[:limit]
+    if args.batch_size > len(train_x):
+        fail(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
+    labels = train_y if args.class_cond else None
+    return train_x, labels, test_x
+
+
+def set_up(args, config, checkpoint):
+    """-> model, ema, optimizers, new or as they are in the checkpoint.
+
+    model is in training; ema is the running average of its weights, for tests and samples.
+    """
+    set_seed(args.seed)
+    try:
+        model = Model(**config).to(args.device, memory_format=torch.channels_last)
+    except ValueError as error:  # sizes that the model cannot have
+        fail(error)
+    ema = Model(**config).to(args.device, memory_format=torch.channels_last)
+    ema.load_state_dict(model.state_dict())
+    ema.eval().requires_grad_(False)
+    optimizers = make_optimizers(model)
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model_in_training"])
+        ema.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+    if args.compile:
+        model.compile()  # its forward: the network (in gan.py, the generator)
+    return model, ema, optimizers
+
+
+def write_log(log, path):
+    """Write the figures of all epochs, a dictionary for each, as a CSV file with a header."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=log[0].keys())
+        writer.writeheader()
+        writer.writerows(log)
+
+
 def main(argv=None):
     """Train, or with --sample only draw; argv: a list of flags, or None for the command line."""
     args, checkpoint = parse_args(argv)
@@ -675,86 +751,56 @@ def main(argv=None):
         sample_only(args, checkpoint)
         return
 
-    # in another project: your own images instead of load_mnist, and your own way to save them
-    from common import load_mnist, save_images
+    # in another project: your own images instead of load_images, and your own way to save them
+    from common import save_images
 
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-    train_x, train_y, test_x, _ = load_mnist(args.data_dir, args.dataset, args.device)
-    n_samples = 100
-    if args.dry_run:
-        n_samples = 4
-        limit = 2 * args.batch_size
-        train_x, train_y, test_x = train_x[:limit], train_y[:limit], test_x[:limit]
-    labels = train_y if args.class_cond else None
-    steps = len(train_x) // args.batch_size
-    if steps == 0:
-        fail(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
-
-    # the model in training, and ema, the average of its weights, which is tested and drawn from
+    train_x, labels, test_x = load_images(args)
     if checkpoint is None:
         config = {name: getattr(args, name) for name in size_defaults()}
         config["size"] = train_x.shape[-1]
         config["n_classes"] = 10 if args.class_cond else 0
+        log = []  # of each epoch, its figures
     else:
         config = checkpoint["config"]
-    set_seed(args.seed)
-    try:
-        model = Model(**config).to(args.device, memory_format=torch.channels_last)
-    except ValueError as error:  # sizes that it cannot have
-        fail(error)
-    ema = Model(**config).to(args.device, memory_format=torch.channels_last)
-    ema.load_state_dict(model.state_dict())
-    ema.eval().requires_grad_(False)
-    optimizers = make_optimizers(model)
-    log = []
-    if checkpoint is not None:
-        model.load_state_dict(checkpoint["model_in_training"])
-        ema.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
         log = checkpoint["log"]
     if len(log) > args.epochs:
         fail(f"--epochs {args.epochs}: the run in {args.out_dir} has had {len(log)} epochs already")
-    if args.compile:
-        model.compile()  # its forward: the network (in gan.py, the generator)
+    model, ema, optimizers = set_up(args, config, checkpoint)
 
-    # Save before the first step: a disk that cannot be written to is noticed now, not after an
-    # hour, and --resume works wherever the run is stopped. (It saves what it has loaded.)
+    # Save before the first step: then a disk that cannot be written to is noticed now and not after
+    # an hour, and --resume works wherever the run is stopped.
     args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / "model.pt"
     is_new = checkpoint is None and not args.dry_run
-    if checkpoint is None:
-        checkpoint = make_checkpoint(args, config, model, ema, optimizers, log)
     try:
-        save_checkpoint(checkpoint, path, is_new)
+        save_checkpoint(make_checkpoint(args, config, model, ema, optimizers, log), path, is_new)
     except FileExistsError:
         fail(f"{args.out_dir} holds a run: --resume it, choose another --out-dir, or delete it")
     if args.tensorboard:
         board = SummaryWriter(args.out_dir)
+    steps = len(train_x) // args.batch_size
     plan = f"{args.epochs} epochs of {steps} steps on {args.device}, {len(log)} done"
     print(f"{args.out_dir}: {plan}; if interrupted, continue with --resume", flush=True)
 
     for epoch in range(len(log) + 1, args.epochs + 1):
         train_loss, seconds = train_epoch(epoch, args, model, ema, optimizers, train_x, labels)
-        test = evaluate(ema.loss, test_x, bfloat16_autocast(args.device))
-        row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **test}
+        metrics = evaluate(ema.loss, test_x, bfloat16_autocast(args.device))
+        row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **metrics}
         if not all(math.isfinite(value) for value in row.values()):
             fail(f"the loss of epoch {epoch} is not finite: --resume with a smaller --lr")
-        samples = draw_samples(ema, n_samples, args)
+        samples = draw_samples(ema, 4 if args.dry_run else 100, args)
         if not samples.isfinite().all():
             fail(f"the samples of epoch {epoch} are not finite: --resume with a smaller --lr")
 
         log.append(row)
         save_images(samples, args.out_dir / f"samples_{epoch:04d}.png")
         save_images(samples, args.out_dir / "samples.png")
+        write_log(log, args.out_dir / "log.csv")
         save_checkpoint(make_checkpoint(args, config, model, ema, optimizers, log), path)
-        with open(args.out_dir / "log.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=row.keys())
-            writer.writeheader()
-            writer.writerows(log)
 
-        figures = " ".join(f"{name} {value:.4g}" for name, value in test.items())
+        figures = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         speed = steps * args.batch_size / seconds
         print(
             f"epoch {epoch:3}/{args.epochs} | train loss {train_loss:.4g} | test {figures} | "
@@ -780,6 +826,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except ModuleNotFoundError as error:
-        fail(f"{error}: common.py has to lie beside this script, and pip installs the rest")
+        fail(f"{error}: common.py belongs beside this script; pip installs other packages")
     except OSError as error:
         fail(error)

@@ -1,56 +1,60 @@
 """GAN: a generator turns noise into digits; a discriminator learns to tell them from real ones.
 
-    python gan.py --epochs 10
+    python gan.py
 
 Goodfellow et al. 2014, arXiv:1406.2661; convolutions: DCGAN, Radford et al. 2015, arXiv:1511.06434;
-the penalty r1: Mescheder et al. 2018, arXiv:1801.04406. Differences from DCGAN: layer norm in the
-generator and no norm in the discriminator, in place of batch norm; that penalty; the weights that
-are tested, of both networks, are a running average of those in training (EMA).
+the penalty r1: Mescheder et al. 2018, arXiv:1801.04406. Main differences from DCGAN: layer norm in
+the generator and no norm in the discriminator, instead of batch norm; the r1 penalty; one more
+convolution at each resolution; labels; no momentum in AdamW (see make_optimizers); evaluation with
+a running average of the weights (EMA) of both networks.
 
 Idea
-  The generator G takes random numbers z and makes an image of them, a fake. It never sees a digit.
-  The discriminator D sees real digits and fakes, and learns to tell which is which. Then G learns
-  from D: the gradient of D with respect to the fake's pixels says how they should change to look
-  more real, and backpropagation carries that on to G's weights. D and G take turns. If even the
-  best D can do no better than flip a coin, fakes are distributed as the data are.
-  A sample takes one pass, and it is sharp, because any blur would give a fake away.
+  The generator G turns random numbers z into an image, a fake. It never sees a digit. The
+  discriminator D sees real digits and fakes, and learns to tell which is which. Then G learns from
+  D: the gradient of D with respect to the fake's pixels says how they should change to look more
+  real, and backpropagation carries that on to G's weights. D and G take turns. If even the best D
+  can do no better than flip a coin, fakes are distributed like the data.
+  Sampling takes one pass, and samples are usually sharp, because D would notice a blur.
   The price: how probable an image is remains unknown, and no loss falls as fakes get better. It is
-  a game of two players, which may go round in circles, or end with a winner, or collapse: as any
-  fake that fools D will do, G may make few kinds of digits and leave out the others.
+  a game of two players. It may go round in circles, or one of them may win. Or G may collapse: any
+  fake that fools D is good enough, so G may make only a few kinds of digits and leave out the
+  others.
 
 Maths
-  z ~ N(0, 1). D(x) is a logit: D's probability that x is real is sigmoid(D(x)).
-      d_loss = E[ -log sigmoid(D(x)) ] + E[ -log(1 - sigmoid(D(G(z)))) ] + gamma / 2 r1
+  z: z_dim independent draws from N(0, 1). D(x) is a logit: D's probability that x is real is
+  sigmoid(D(x)).
+      d_loss = E[ -log sigmoid(D(x)) ] + E[ -log(1 - sigmoid(D(G(z)))) ] + (gamma / 2) r1
       g_loss = E[ -log sigmoid(D(G(z))) ]
-  The first two terms of d_loss are the cross-entropy of a classifier of two classes, seen equally
-  often. As an integral over x, they are that of -p_data(x) log s - p_fake(x) log(1 - s), s =
-  sigmoid(D(x)). The derivative is 0 where s = p_data(x) / (p_data(x) + p_fake(x)), so the best D
-  is, but for the penalty,
+  The first two terms of d_loss are the cross-entropy of a classifier of real images and fakes. With
+  s = sigmoid(D(x)), they are the integral over x of
+      -p_data(x) log s - p_fake(x) log(1 - s).
+  D can choose s at each x separately. The derivative with respect to s is 0 where s = p_data(x) /
+  (p_data(x) + p_fake(x)). So, leaving the penalty aside, the best D is
       D(x) = log( p_data(x) / p_fake(x) ).
   It measures how the two distributions differ at x, and is 0 everywhere if, and only if, they are
-  equal. As long as they are not, G follows D uphill, to where data are more probable than fakes.
+  equal. As long as they are not, G follows D uphill, to where data are more probable relative to
+  fakes.
   Why g_loss is not E[ log(1 - sigmoid(D(G(z)))) ], the negative of D's second term: where D sees
-  through a fake, D is very negative, and the slope of that loss with respect to D, -sigmoid(D), is
-  almost 0 ("it saturates"). The slope of the g_loss above, -(1 - sigmoid(D)), is almost -1 there.
+  through a fake, D is very negative. There the slope of that loss with respect to D, -sigmoid(D),
+  is almost 0 (it saturates), while the slope of the g_loss above, -(1 - sigmoid(D)), is almost -1.
   So a fake that D rejects still gets a gradient.
-  r1 = E |dD(x)/dx|^2 over real x: the penalty keeps D flat at the data. Otherwise D still slopes
-  when the fakes arrive there, and pushes them past the data; then it turns round, and pushes them
-  back.
-  Sampling. z ~ N(0, 1), then x = G(z).
-  Labels. With --class-cond, G adds an embedding of the label to z, and D has a logit for each label
-  and uses the one for the given label. In training, one label in ten is replaced by "no label",
-  which has an embedding and a logit of its own.
+  r1 = E |dD(x)/dx|^2 over real x: this penalty keeps D nearly flat around real images, so that
+  fakes that get there stay. Without it, the slope of D pushes them past the data; then D turns its
+  slope round and pushes them back, and so on.
+  Sampling. Draw z, then x = G(z).
+  Labels. With --class-cond, G adds an embedding of the label to z, and D outputs one logit for each
+  label, of which the one for the given label is used. In training, one label in ten is replaced by
+  "no label", which has an embedding and a logit of its own.
 
 Shapes
-  x (B, 1, 28, 28) in [0, 1] outside, [-1, 1] inside; z (B, z_dim); logits of D (B,). size: a
-  multiple of 4, as G doubles a small image twice.
+  x (B, 1, 28, 28) in [0, 1] outside, in [-1, 1] inside; z (B, z_dim); logits of D (B,). size: a
+  multiple of 4, because G doubles the side of a small image twice.
 
 What to expect
-  d_loss, which includes the penalty, and g_loss are in nats; the train loss is their sum; d_real
-  and d_fake are the mean of sigmoid(D) over test digits and over fakes. No loss falls for long, as
-  the opponent learns, too: judge by the samples. If D could only guess, d_loss would be 2 log 2 =
-  1.386 and g_loss log 2 = 0.693; a good run stays near both. Where d_loss nears 0, G has lost;
-  where fakes look alike, G has collapsed.
+  train loss is d_loss (with the penalty) + g_loss. d_real and d_fake are the means of sigmoid(D)
+  over test digits and over fakes. Neither loss keeps falling, because the opponent improves, too:
+  judge by the samples. If D could only guess, d_loss would be 2 log 2 = 1.386 and g_loss log 2 =
+  0.693. If d_loss nears 0, G has lost; if fakes look alike, G has collapsed.
 """
 
 import argparse
@@ -85,7 +89,7 @@ class Generator(nn.Module):
     def forward(self, z, y):
         h = self.stem(z + self.label(y)).view(-1, *self.grid)  # (B, 7, 7, 2 C)
         for layer in self.mix, self.up, self.head:  # to 7, 14, 28 pixels per side
-            h = F.layer_norm(h, h.shape[-1:]).relu()  # (B, H, W, C): normalise each pixel's C
+            h = F.layer_norm(h, h.shape[-1:]).relu()  # (B, H, W, C), to normalise over C
             h = layer(h.movedim(3, 1)).movedim(1, 3)  # convolve (B, C, H, W)
         return h.movedim(3, 1).tanh()  # (B, 1, 28, 28)
 
@@ -110,8 +114,8 @@ class Discriminator(nn.Module):
 class GAN(nn.Module):
     """Two players, and what each of them minimises.
 
-    channels: maps at 14 x 14 pixels, twice as many at 7 x 7; z_dim: numbers in z; gamma: weight of
-    r1; size: pixels per side; n_classes: number of labels, or 0
+    channels: feature maps at 14 x 14, twice as many at 7 x 7; z_dim: numbers in z; gamma: weight of
+    r1 / 2; size: pixels per side; n_classes: number of labels, or 0
     """
 
     def __init__(self, *, channels=32, z_dim=64, gamma=1.0, size=28, n_classes=10):
@@ -130,7 +134,7 @@ class GAN(nn.Module):
         self.discriminator = Discriminator(channels, size, n_classes)
 
     def labels(self, n, y):
-        """y (n,) labels, or if y is None n times "no label"."""
+        """y (n,) itself or, if y is None, n times "no label"."""
         if y is None:
             y = torch.full((n,), self.n_classes, device=self.generator.label.weight.device)
         return y
@@ -152,18 +156,19 @@ class GAN(nn.Module):
         x = (2 * x - 1).requires_grad_()
         real = self.discriminator(x, y)
         fake = self.discriminator(x_fake, y)
-        # r1 = E |dD(x)/dx|^2. Each D(x) depends on its own x only, so the gradient of their sum
-        # holds the gradient of each
+        # r1 = E |dD(x)/dx|^2. D(x_b) depends on x_b alone, so row b of the gradient of their sum is
+        # the gradient of D(x_b)
         slope = torch.autograd.grad(real.sum(), x, create_graph=True)[0]
         r1 = slope.square().sum() / len(x)
-        # -log sigmoid(a) = softplus(-a) and -log(1 - sigmoid(a)) = softplus(a), but never infinite
+        # -log sigmoid(a) = softplus(-a) and -log(1 - sigmoid(a)) = softplus(a), which, unlike the
+        # logarithms, are never infinite
         loss = F.softplus(-real).mean() + F.softplus(fake).mean() + self.gamma / 2 * r1
         d_real = real.detach().sigmoid().mean()
         d_fake = fake.detach().sigmoid().mean()
         return loss, {"d_loss": loss.detach(), "d_real": d_real, "d_fake": d_fake}
 
     def g_loss(self, x, y=None):
-        """The generator's loss, metrics; of x only the number of images counts, a fake for each."""
+        """The generator's loss on len(x) fakes with the labels y (B,) or None, metrics."""
         y = self.labels(len(x), y)
         if self.training:  # hide 1 label in 10, to draw without one as well
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
@@ -171,7 +176,10 @@ class GAN(nn.Module):
         return loss, {"g_loss": loss.detach()}
 
     def loss(self, x, y=None):
-        """The sum of both losses and all metrics, to test with; train_step takes one at a time."""
+        """The sum of both losses, and all metrics, for tests; train_step takes one at a time.
+
+        It needs gradients to be enabled, for r1.
+        """
         d_loss, d_metrics = self.d_loss(x, y)
         g_loss, g_metrics = self.g_loss(x, y)
         return d_loss + g_loss, {**d_metrics, **g_metrics}
@@ -185,7 +193,7 @@ class GAN(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images -> {name: pictures}:
 
-        interpolation  (10 N, 1, H, W): a row from each of N fakes to the next one
+        interpolation  (10 N, 1, H, W): N rows, each from one fake to the next; only N counts of x
         """
         a = torch.randn(len(x), 1, self.z_dim, device=x.device)
         b = a.roll(-1, 0)  # the z of the next fake
@@ -216,8 +224,8 @@ class GAN(nn.Module):
 
 
 # ---------------------------------------------------------------- train
-# The same text in all ten scripts, but for these constants and, in gan.py, the optimizers and
-# train_step. The heart of it is train_step.
+# The same text in all ten scripts, except for these constants and, in gan.py, make_optimizers and
+# train_step. Start reading at train_step.
 NAME = "gan"  # of this script, its folder in out/, and the origin of its checkpoints
 Model = GAN
 EPOCHS = 20
@@ -226,9 +234,9 @@ LR = 3e-3
 
 
 def learning_rate(step, total_steps, peak):
-    """Rises to the peak over the first 2 % of the steps, then falls linearly towards 0.
+    """The rate at a step: it rises to the peak over the first 2 %, then falls linearly to 0.
 
-    step: from 1 to total_steps; the rate would reach 0 at total_steps + 1
+    step: from 1 to total_steps; 0 would be reached at total_steps + 1
     """
     warmup = max(1, round(0.02 * total_steps))
     if step <= warmup:
@@ -285,17 +293,18 @@ def update_ema(ema, model, step):
 def train_epoch(epoch, args, model, ema, optimizers, images, labels):
     """Update model and ema on all uint8 images (N, 1, H, W), labels (N,) or None, in random order.
 
-    Returns the mean loss and the seconds that it took. The images that do not fill a last batch
-    are left out.
+    Returns the mean loss and the seconds taken. The images that do not fill a last batch are left
+    out.
     """
     set_seed(args.seed, epoch)  # the same order and noise, whether the run was resumed or not
     order = torch.randperm(len(images)).to(images.device)
     steps = len(images) // args.batch_size
     total_steps = args.epochs * steps
     autocast = bfloat16_autocast(args.device)
-    is_terminal = os.isatty(1)
+    is_terminal = os.isatty(1)  # 1 is standard output
     loss_sum = 0
-    start = shown = time.time()
+    start = time.time()
+    last_shown = start
     for i in range(steps):
         step = (epoch - 1) * steps + i + 1  # counted from the first epoch
         for optimizer in optimizers:
@@ -310,12 +319,14 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
         loss_sum += loss
 
         # on a terminal, at most once a second, because reading the loss waits for the GPU
-        if is_terminal and time.time() > shown + 1:
-            shown = time.time()
-            seconds_per_step = (shown - start) / (i + 1)
+        if is_terminal and time.time() > last_shown + 1:
+            loss_now = float(loss)
+            last_shown = time.time()
+            seconds_per_step = (last_shown - start) / (i + 1)
             speed = args.batch_size / seconds_per_step
             seconds_left = seconds_per_step * (total_steps - step)
-            line = f"step {step}/{total_steps} | loss {loss:.4g} | {speed:,.0f} img/s"
+            line = f"step {step}/{total_steps} | loss {loss_now:.4g} | {speed:,.0f} img/s"
+            # spaces at the end: they overwrite the rest of a longer line
             print(f"{line} | {seconds_left:.0f} s left  ", end="\r", flush=True)
     mean_loss = float(loss_sum) / steps  # waits until a GPU has done the last step
     return mean_loss, time.time() - start
@@ -324,9 +335,9 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
 def evaluate(loss_fn, images, autocast, batch_size=500):
     """Mean of each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: number}.
 
-    It gives no labels, so that runs with and without labels can be compared, and seeds each batch,
-    so that every call sees the same noise. There is no torch.no_grad(), as the loss of gan.py takes
-    a gradient; the weights of ema have requires_grad False, so no graph is kept anyway.
+    loss_fn gets no labels, so that runs with and without labels can be compared. Each batch is
+    seeded, so that every call sees the same noise. There is no torch.no_grad() here, because the
+    loss of gan.py computes a gradient; the weights of ema need none, so no graph is kept.
     """
     means = {}
     for i, batch in enumerate(images.split(batch_size)):
@@ -339,7 +350,9 @@ def evaluate(loss_fn, images, autocast, batch_size=500):
 
 
 def draw_samples(model, n, args, chunk=500):
-    """Draw n images (n, 1, H, W) in [0, 1], always the same for a seed; with labels 0, 1, 2, ...
+    """Draw n images (n, 1, H, W) in [0, 1], the same each time for the same seed and n.
+
+    If the model has labels, they are 0, 1, 2, ... in turn.
 
     chunk: images drawn at a time, to limit memory
     """
@@ -353,12 +366,13 @@ def draw_samples(model, n, args, chunk=500):
 
 
 def set_seed(seed, epoch=0):
-    """Seed torch for an epoch from 1 on; epoch 0 is for the initial weights, and for sampling."""
+    """Seed torch for an epoch from 1 on; epoch 0 is for the initial weights and for sampling."""
+    # a large prime keeps apart the epochs of two seeds; torch takes no negative numbers
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
 def bfloat16_autocast(device):
-    """The context that runs convolutions and products in bfloat16, where the hardware can."""
+    """A context in which convolutions and matrix products run in bfloat16, if the hardware can."""
     supported = False
     if device == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -368,7 +382,7 @@ def bfloat16_autocast(device):
 
 
 def make_checkpoint(args, config, model, ema, optimizers, log):
-    """All that it takes to draw samples (config and model), and to continue the training."""
+    """Everything needed to draw samples (config and model) and to continue the training."""
     settings = ("epochs", "batch_size", "lr", "seed", "dataset")
     return {
         "script": NAME,
@@ -404,13 +418,17 @@ def load_checkpoint(path, resume):
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)
         if checkpoint.get("script", NAME) != NAME:
-            raise ValueError(f"it is of {checkpoint['script']}.py")
+            raise ValueError(f"it was written by {checkpoint['script']}.py")
         model = Model(**checkpoint["config"])
         model.load_state_dict(checkpoint["model"])  # raises an error if they do not fit
-        # a config made by hand may leave these to the model's defaults
-        checkpoint["config"].update(size=model.size, n_classes=model.n_classes)
+        # a config made by hand may leave sizes to their defaults
+        sizes = {**size_defaults(), "size": model.size, "n_classes": model.n_classes}
+        checkpoint["config"] = {**sizes, **checkpoint["config"]}
     except Exception as error:  # a missing, damaged or foreign file can raise anything
-        fail(f"cannot load {path}: {' '.join(str(error).split()) or type(error).__name__}")
+        reason = " ".join(str(error).split())  # in one line
+        if not reason:
+            reason = type(error).__name__
+        fail(f"cannot load {path}: {reason}")
     missing = {"settings", "model_in_training", "optimizers", "log"} - checkpoint.keys()
     if resume and missing:
         fail(f"cannot resume from {path}: it has no {', '.join(sorted(missing))}")
@@ -428,13 +446,13 @@ def to_flag(name):
 
 
 def size_defaults():
-    """{name: default} of the model's sizes, but for two that follow from the data."""
+    """{name: default} of the model's sizes, except size and n_classes, which the data decide."""
     parameters = inspect.signature(Model).parameters.values()
     return {p.name: p.default for p in parameters if p.name not in ("size", "n_classes")}
 
 
 def make_parser():
-    """All flags: the same ones in each script, and then the sizes of its model."""
+    """The flags: first those that all ten scripts share, then the sizes of this model."""
     devices = ["cpu"]
     if torch.backends.mps.is_available():
         devices.append("mps")
@@ -450,19 +468,25 @@ def make_parser():
     add("--epochs", type=int, default=EPOCHS, help="passes over the images (default %(default)s)")
     add("--batch-size", type=int, default=BATCH_SIZE, help="images per step (default %(default)s)")
     add("--lr", type=float, default=LR, help="peak learning rate (default %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, order and noise (default %(default)s)")
+    add("--seed", type=int, default=0, help="of all random numbers (default %(default)s)")
     add("--device", choices=devices, default=device, help="where to compute (default %(default)s)")
-    add("--dataset", choices=datasets, default="MNIST", help="(default %(default)s)")
+    add("--dataset", choices=datasets, default="MNIST", help="(default MNIST)")
     add("--data-dir", type=Path, help="folder of the data sets (default: data, beside common.py)")
-    add("--out-dir", type=Path, default=Path("out", NAME), help="for output (default %(default)s)")
+    add("--out-dir", type=Path, default=Path("out", NAME), help="of this run (default %(default)s)")
     add("--class-cond", action="store_true", help="learn labels; grids have a column per class")
-    add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile the network: a slow start, but it may pay",
+    )
     add("--dry-run", action="store_true", help="only two batches per epoch; overwrites OUT_DIR-dry")
-    add("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
+    add("--tensorboard", action="store_true", help="also log for TensorBoard, into OUT_DIR")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="continue the run in OUT_DIR")
-    mode.add_argument("--sample", type=int, metavar="N", help="only draw N images from that run")
-    sizes = parser.add_argument_group("sizes of the model", Model.__doc__)  # which explains them
+    mode.add_argument(
+        "--sample", type=int, metavar="N", help="draw N images from the run in OUT_DIR"
+    )
+    sizes = parser.add_argument_group("sizes of the model", Model.__doc__)
     for name, value in size_defaults().items():
         sizes.add_argument(
             to_flag(name), type=type(value), default=value, help=f"(default {value})"
@@ -473,15 +497,17 @@ def make_parser():
 def parse_args(argv):
     """The settings in the list argv (None: of the command line), and a checkpoint or None.
 
-    --resume and --sample load the checkpoint of a run. What it was made with takes the place of
-    the defaults, and a flag that says otherwise is refused.
+    --resume and --sample load the checkpoint of a run. The run's own settings replace the
+    defaults, and a flag that contradicts them is refused, unless it may change.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
     for name in ("epochs", "batch_size", "lr", "sample"):
         value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            parser.error(f"{to_flag(name)} must be a finite number above 0")
+        if value is None:  # no --sample
+            continue
+        if value <= 0 or not math.isfinite(value):
+            parser.error(f"{to_flag(name)} must be positive and finite")
     out_dir = args.out_dir.expanduser()
     if args.dry_run:
         out_dir = Path(f"{out_dir}-dry")
@@ -489,18 +515,19 @@ def parse_args(argv):
     checkpoint = None
     if args.resume or args.sample:
         checkpoint = load_checkpoint(out_dir / "model.pt", args.resume)
-        made_with = {**checkpoint.get("settings", {}), **checkpoint["config"]}
-        made_with["class_cond"] = made_with.pop("n_classes") > 0
-        made_with.pop("size")
-        # parse again, with the run's settings as defaults: any value that differs now is a flag's
-        parser.set_defaults(**made_with)
+        run_settings = {**checkpoint.get("settings", {}), **checkpoint["config"]}
+        del run_settings["size"]
+        n_classes = run_settings.pop("n_classes")
+        run_settings["class_cond"] = n_classes > 0
+        # Parse again with these as defaults: a value that still differs was given by a flag.
+        parser.set_defaults(**run_settings)
         args = parser.parse_args(argv)
         may_differ = ["epochs", "lr"]
         if args.sample:
             may_differ += ["batch_size", "seed"]
-        for name, value in made_with.items():
+        for name, value in run_settings.items():
             if getattr(args, name) != value and name not in may_differ:
-                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}: {value} there")
+                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}, which has {value}")
     args.out_dir = out_dir
     return args, checkpoint
 
@@ -517,6 +544,54 @@ def sample_only(args, checkpoint):
     print(f"wrote samples.npy and samples.png into {args.out_dir}")
 
 
+def load_images(args):
+    """-> uint8 images (N, 1, H, W) to train on, their labels (N,) or None, and test images."""
+    from common import load_mnist  # here, so that the model can be imported without common.py
+
+    train_x, train_y, test_x, _ = load_mnist(args.data_dir, args.dataset, args.device)
+    if args.dry_run:
+        limit = 2 * args.batch_size
+        train_x = train_x[:limit]
+        train_y = train_y[:limit]
+        test_x = test_x[:limit]
+    if args.batch_size > len(train_x):
+        fail(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
+    labels = train_y if args.class_cond else None
+    return train_x, labels, test_x
+
+
+def set_up(args, config, checkpoint):
+    """-> model, ema, optimizers, new or as they are in the checkpoint.
+
+    model is in training; ema is the running average of its weights, for tests and samples.
+    """
+    set_seed(args.seed)
+    try:
+        model = Model(**config).to(args.device, memory_format=torch.channels_last)
+    except ValueError as error:  # sizes that the model cannot have
+        fail(error)
+    ema = Model(**config).to(args.device, memory_format=torch.channels_last)
+    ema.load_state_dict(model.state_dict())
+    ema.eval().requires_grad_(False)
+    optimizers = make_optimizers(model)
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model_in_training"])
+        ema.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+    if args.compile:
+        model.compile()  # its forward: the network (in gan.py, the generator)
+    return model, ema, optimizers
+
+
+def write_log(log, path):
+    """Write the figures of all epochs, a dictionary for each, as a CSV file with a header."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=log[0].keys())
+        writer.writeheader()
+        writer.writerows(log)
+
+
 def main(argv=None):
     """Train, or with --sample only draw; argv: a list of flags, or None for the command line."""
     args, checkpoint = parse_args(argv)
@@ -524,86 +599,56 @@ def main(argv=None):
         sample_only(args, checkpoint)
         return
 
-    # in another project: your own images instead of load_mnist, and your own way to save them
-    from common import load_mnist, save_images
+    # in another project: your own images instead of load_images, and your own way to save them
+    from common import save_images
 
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-    train_x, train_y, test_x, _ = load_mnist(args.data_dir, args.dataset, args.device)
-    n_samples = 100
-    if args.dry_run:
-        n_samples = 4
-        limit = 2 * args.batch_size
-        train_x, train_y, test_x = train_x[:limit], train_y[:limit], test_x[:limit]
-    labels = train_y if args.class_cond else None
-    steps = len(train_x) // args.batch_size
-    if steps == 0:
-        fail(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
-
-    # the model in training, and ema, the average of its weights, which is tested and drawn from
+    train_x, labels, test_x = load_images(args)
     if checkpoint is None:
         config = {name: getattr(args, name) for name in size_defaults()}
         config["size"] = train_x.shape[-1]
         config["n_classes"] = 10 if args.class_cond else 0
+        log = []  # of each epoch, its figures
     else:
         config = checkpoint["config"]
-    set_seed(args.seed)
-    try:
-        model = Model(**config).to(args.device, memory_format=torch.channels_last)
-    except ValueError as error:  # sizes that it cannot have
-        fail(error)
-    ema = Model(**config).to(args.device, memory_format=torch.channels_last)
-    ema.load_state_dict(model.state_dict())
-    ema.eval().requires_grad_(False)
-    optimizers = make_optimizers(model)
-    log = []
-    if checkpoint is not None:
-        model.load_state_dict(checkpoint["model_in_training"])
-        ema.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
         log = checkpoint["log"]
     if len(log) > args.epochs:
         fail(f"--epochs {args.epochs}: the run in {args.out_dir} has had {len(log)} epochs already")
-    if args.compile:
-        model.compile()  # its forward: the network (in gan.py, the generator)
+    model, ema, optimizers = set_up(args, config, checkpoint)
 
-    # Save before the first step: a disk that cannot be written to is noticed now, not after an
-    # hour, and --resume works wherever the run is stopped. (It saves what it has loaded.)
+    # Save before the first step: then a disk that cannot be written to is noticed now and not after
+    # an hour, and --resume works wherever the run is stopped.
     args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / "model.pt"
     is_new = checkpoint is None and not args.dry_run
-    if checkpoint is None:
-        checkpoint = make_checkpoint(args, config, model, ema, optimizers, log)
     try:
-        save_checkpoint(checkpoint, path, is_new)
+        save_checkpoint(make_checkpoint(args, config, model, ema, optimizers, log), path, is_new)
     except FileExistsError:
         fail(f"{args.out_dir} holds a run: --resume it, choose another --out-dir, or delete it")
     if args.tensorboard:
         board = SummaryWriter(args.out_dir)
+    steps = len(train_x) // args.batch_size
     plan = f"{args.epochs} epochs of {steps} steps on {args.device}, {len(log)} done"
     print(f"{args.out_dir}: {plan}; if interrupted, continue with --resume", flush=True)
 
     for epoch in range(len(log) + 1, args.epochs + 1):
         train_loss, seconds = train_epoch(epoch, args, model, ema, optimizers, train_x, labels)
-        test = evaluate(ema.loss, test_x, bfloat16_autocast(args.device))
-        row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **test}
+        metrics = evaluate(ema.loss, test_x, bfloat16_autocast(args.device))
+        row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **metrics}
         if not all(math.isfinite(value) for value in row.values()):
             fail(f"the loss of epoch {epoch} is not finite: --resume with a smaller --lr")
-        samples = draw_samples(ema, n_samples, args)
+        samples = draw_samples(ema, 4 if args.dry_run else 100, args)
         if not samples.isfinite().all():
             fail(f"the samples of epoch {epoch} are not finite: --resume with a smaller --lr")
 
         log.append(row)
         save_images(samples, args.out_dir / f"samples_{epoch:04d}.png")
         save_images(samples, args.out_dir / "samples.png")
+        write_log(log, args.out_dir / "log.csv")
         save_checkpoint(make_checkpoint(args, config, model, ema, optimizers, log), path)
-        with open(args.out_dir / "log.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=row.keys())
-            writer.writeheader()
-            writer.writerows(log)
 
-        figures = " ".join(f"{name} {value:.4g}" for name, value in test.items())
+        figures = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         speed = steps * args.batch_size / seconds
         print(
             f"epoch {epoch:3}/{args.epochs} | train loss {train_loss:.4g} | test {figures} | "
@@ -629,6 +674,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except ModuleNotFoundError as error:
-        fail(f"{error}: common.py has to lie beside this script, and pip installs the rest")
+        fail(f"{error}: common.py belongs beside this script; pip installs other packages")
     except OSError as error:
         fail(error)

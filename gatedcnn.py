@@ -1,80 +1,83 @@
-"""Gated PixelCNN: one stack of convolutions for the rows above, one for the row, and no blind spot.
+"""Gated PixelCNN: one stack of convolutions for the rows above, one for the pixel's own row.
 
-    python gatedcnn.py --epochs 2
+    python gatedcnn.py
 
 Van den Oord et al. 2016, arXiv:1606.05328; fast sampling: Ramachandran et al. 2017,
-arXiv:1704.06001. Differences from the paper: the image is shifted once instead of masking kernels;
-each layer also feeds the output directly (skip, as in WaveNet); labels enter before the first
-layer, not in each gate; embeddings of row and column; images made binary anew in each epoch (see
-Shapes); inner matrices trained by Muon (see the train section); the weights that are tested are a
-running average of those in training (EMA).
+arXiv:1704.06001. Differences from the paper: shifted images instead of masked kernels; skips, so
+that each layer also feeds the output directly (as in WaveNet); labels at the input only, not in
+each gate; row and column embeddings; images binarised anew in each epoch (see Shapes); inner
+matrices trained by Muon (see the train section); evaluation with a running average of the weights
+(EMA).
 
 Idea
-  Like PixelCNN (read pixelcnn.py first), this predicts each pixel from those before it, row by row,
-  by convolutions that must not see the pixel itself nor any later one. PixelCNN has a blind spot to
-  the upper right: each of its layers looks to the right only in the rows above, so what is far to
-  the right in a near row is never reached. One masked convolution does two jobs there: the rows
-  above, where it may look to both sides, and its own row, where it may look to the left only.
-  Here each job has a stack of its own. The vertical stack v reads the rows above, to both sides.
-  The horizontal stack h reads the row itself, left of the pixel, and at each layer takes in what v
-  has found out. h makes the predictions. v starts from the image moved down by a row and takes
-  nothing from h, so there is no pixel of the predicted row in it.
+  Like PixelCNN (read pixelcnn.py first), this model predicts each pixel from those before it, row
+  by row, with convolutions that must see neither the pixel itself nor any later one. PixelCNN has a
+  blind spot to the upper right, because one masked convolution does two jobs: in the rows above it
+  may look to both sides, in its own row to the left only.
+  Here each job has a stack of layers of its own. The vertical stack v reads the rows above, to both
+  sides. The horizontal stack h reads the row itself, left of the pixel, and takes in the features
+  of v at each layer. h makes the predictions. Nothing goes from h to v, so v never learns about the
+  row that is being predicted.
   The second idea is the gate: a value, tanh in (-1, 1), is multiplied by a gate, sigmoid in (0, 1),
-  each computed from the same input. So a layer can pass, weaken or block each channel, depending on
-  what it sees, where a ReLU just cuts off at zero.
+  both computed from the same input. So a layer can pass, weaken or block each channel, depending on
+  what it sees.
 
 Maths
       p(x) = p(x_0) p(x_1 | x_0) p(x_2 | x_0, x_1) ... = prod_i p(x_i | x_<i)    (the chain rule)
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
-  x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
+  x_<i stands for pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
-  computed exactly, not bounded; each term is the binary cross-entropy of a pixel. Over the data,
-  the mean of nll is their entropy plus KL(data || model), which is 0 only if both distributions are
-  equal.
+  which is computed exactly (a VAE only has a bound). Each term is the binary cross-entropy of one
+  pixel. Averaged over the data, nll is the entropy of the data, which no model can change, plus
+  KL(data || model), a distance that is 0 only if the two distributions are equal and positive
+  otherwise.
   A layer, where gated(pair) = tanh(value) * sigmoid(gate), value and gate being the halves of pair:
       pair = vertical(v)
       mix = gated(horizontal(h) + v_to_h(pair))
       change, skip = out(mix)
       v <- gated(pair),   h <- h + change
-  and in the end logits = head(relu(h + sum of the skips of all layers)).
-  A shift instead of masks. Before the first layer, v is given the image moved down by one row, so
-  that the place X of v holds what stands above X. The kernels of v, (k // 2 + 1) x k, reach to both
-  sides and up, and include their own row: at X, v goes on knowing rows above X only. h is given the
-  image moved to the right by one pixel, and its kernels, 1 x (k // 2 + 1), reach to the left and
-  include their own place.
-        v v v v v      What kernels with k = 5 would cover of the image: v's, 3 rows, end in the row
-        v v v v v      above X, as its image was moved down; h's end left of X, as its image was
-        v v v v v      moved to the right.
+  and finally logits = head(relu(h + sum of the skips of all layers)).
+  Shifts instead of masks. v starts from the image moved down by one row: v at X starts from the
+  pixel above X. Its kernels, k // 2 + 1 rows by k columns, read their own row and the rows above,
+  to both sides. That is safe: everywhere in the row of X, also to the right of X, v knows only rows
+  above X. h starts from the image moved right by one pixel. Its kernels, 1 x (k // 2 + 1), read
+  their own place and those on the left. Drawn over the image that is not shifted, kernels with k =
+  5 see this:
+        v v v v v      The three rows of v end above X, because the image of v was moved down.
+        v v v v v      The three places of h end left of X, because the image of h was moved
+        v v v v v      right.
       h h h X
-  No blind spot. A layer of v includes its own row, so each layer extends the view to the sides
-  within the row above X, too. With the default sizes, X is predicted from 12 rows above (4 from the
-  first convolution, 2 from each of 4 layers), in each 11 pixels to either side (3 + 4 * 2), and
-  from 11 pixels on its left. A part of that:
+  No blind spot. A layer of v reads its own row to both sides, so each layer widens the view in the
+  row just above X, too. By default a first convolution reads the image, 4 x 7 for v and 1 x 3 for
+  h, and four layers with k = 5 follow. Together X is predicted from 12 rows above (4 + 4 * 2), in
+  each of these up to 11 pixels to either side (3 + 4 * 2), and from 11 pixels on its left (3 + 4 *
+  2). Part of that:
       # # # # # # # # # # # # # #
       # # # # # # # # # # # # # #
       # # # # # X
-  Sampling. v is computed once for each row, as soon as the rows above are drawn; h once for each
-  pixel. Caches keep what later steps read, so the 784 steps together take about as much
-  arithmetic as one pass over the image; but one after the other, so they are slow.
-  Each pixel is drawn with its probability: always taking the likelier value, which after black
-  pixels is black, gives a blank image.
-  Labels. With --class-cond, an embedding of the label is added to every vector of v after the first
-  convolution, and for one training image in ten that of "no label" instead, so that one model
-  learns both p(x | y) and p(x). Sampling may exaggerate what the label adds (guidance):
-      logits <- logits(no label) + guidance (logits(label) - logits(no label)),  guidance > 1
+  Sampling. v is computed once for each row, as soon as the rows above are drawn, and h once for
+  each pixel. Caches keep what later steps read, so nothing is computed twice: all 784 steps
+  together take about as much arithmetic as one pass. Sampling is still slow, because the steps run
+  one after the other.
+  Each pixel is drawn at random with its predicted probability. Always taking the likelier value
+  would give a blank image: after black pixels, black is likelier.
+  Labels. With --class-cond, an embedding of the label is added to every vector of v after its first
+  convolution. One training image in ten gets the embedding of "no label" instead, so that one model
+  learns both p(x | y) and p(x). With guidance > 1, sample() exaggerates what the label adds:
+      logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
-  x (B, 1, 28, 28): loss takes grey levels in [0, 1], the network sees binary pixels: a grey level
-  of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
+  x (B, 1, 28, 28): loss() takes grey levels in [0, 1], but the network sees binary pixels. A grey
+  level of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
   binarisation). v, h (B, 28, 28, channels): two vectors for each pixel, channels last, as the
   linear layers need them.
 
 What to expect
   nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
-  same in bits per pixel. Probability 1/2 for every pixel gives 784 log 2 = 543; predicting each
-  pixel by how often it is white in the training images, 206. If every prediction saw its own pixel,
-  because of a wrong shift, the nll would fall to about 0; if only some pixels leak, it is just too
-  good to be true.
+  same in bits per pixel. Probability 1/2 for every pixel costs 784 log 2 = 543 nats; predicting for
+  each pixel how often it is white in the training images, 206. No model can get below 45, the
+  entropy of the coin flips that make a test image binary. If the nll does, predictions see their
+  own pixels (a shift is wrong).
 """
 
 import argparse
@@ -96,8 +99,8 @@ import torch.nn.functional as F
 class GatedBlock(nn.Module):
     """One layer of the vertical stack v and of the horizontal stack h, which receives v's features.
 
-    v looks at its own row and pad = k // 2 rows above, h at its own pixel and the pad pixels to its
-    left. That leaks nothing: before the first block, the image is moved down for v, right for h.
+    With pad = k // 2, v looks at its own row and pad rows above, h at its own pixel and pad pixels
+    to its left. That leaks nothing: first of all, the image is moved down for v, right for h.
     """
 
     def __init__(self, channels, k):
@@ -108,19 +111,19 @@ class GatedBlock(nn.Module):
         self.out = nn.Linear(channels, 2 * channels)
 
     def activate(self, pair):
-        """pair (..., 2 C): values and as many gates -> tanh(value) * sigmoid(gate) (..., C)."""
+        """pair (..., 2 C): C values, then C gates -> tanh(value) * sigmoid(gate) (..., C)."""
         value, gate = pair.chunk(2, dim=-1)  # tanh and sigmoid are faster on contiguous memory
         return value.contiguous().tanh() * gate.contiguous().sigmoid()
 
     def forward_v(self, padded_v):
-        """(B, pad + H, pad + W + pad, C) -> the next v (B, H, W, C), and what it tells h
-        (B, H, W, 2 C)."""
+        """v padded (B, pad + H, pad + W + pad, C) -> the next v (B, H, W, C), and its contribution
+        to h (B, H, W, 2 C)."""
         pair = self.vertical(padded_v.movedim(3, 1)).movedim(1, 3)
         return self.activate(pair), self.v_to_h(pair)
 
     def forward_h(self, padded_h, from_v):
-        """(B, H, pad + W, C), and what v tells (B, H, W, 2 C) -> what to add to h, and a share for
-        the head, both (B, H, W, C)."""
+        """h padded (B, H, pad + W, C), the contribution of v (B, H, W, 2 C) -> the change of h, and
+        the skip, which goes to the head, both (B, H, W, C)."""
         pair = self.horizontal(padded_h.movedim(3, 1)).movedim(1, 3) + from_v
         return self.out(self.activate(pair)).chunk(2, dim=-1)
 
@@ -129,15 +132,14 @@ class GatedPixelCNN(nn.Module):
     """A vertical and a horizontal stack of gated convolutions over the image.
 
     channels: numbers in a pixel's vector, in either stack; n_layer: blocks; kernel: the width of
-    their convolutions, an odd number of pixels; size: pixels per side; n_classes: number of labels,
-    or 0
+    their convolutions, odd, at least 3; size: pixels per side; n_classes: number of labels, or 0
     """
 
     def __init__(self, *, channels=32, n_layer=4, kernel=5, size=28, n_classes=10):
         super().__init__()
         if min(channels, n_layer) < 1 or size < 2 or n_classes < 0:
             raise ValueError(
-                "channels, n_layer must be at least 1, size at least 2, n_classes at least 0"
+                "channels and n_layer must be at least 1, size at least 2, n_classes at least 0"
             )
         if kernel < 3 or kernel % 2 != 1:
             raise ValueError("kernel must be odd and at least 3")
@@ -165,7 +167,8 @@ class GatedPixelCNN(nn.Module):
         # the rows above: 3 rows of zeros on top would keep the image in place, a 4th moves it down
         # by one, and -1 crops its last row
         v = self.stem_v(F.pad(x, (3, 3, 4, -1))).movedim(1, 3)  # (B, H, W, channels)
-        v = v + (self.row + self.col + self.embed(x, y)[:, None, None]).type_as(v)
+        pos_emb = self.row + self.col  # (H, W, channels)
+        v = v + (pos_emb + self.embed(x, y)[:, None, None]).type_as(v)  # keep bfloat16 in autocast
         # the pixels on the left: the image moves right by one
         h = self.stem_h(F.pad(x, (3, -1))).movedim(1, 3) + self.stem_to_h(v)
         skips = 0
@@ -177,9 +180,9 @@ class GatedPixelCNN(nn.Module):
         return self.head((h + skips).relu()).movedim(3, 1).float()
 
     def new_cache(self, n):
-        """What v and h of each block keep: v all rows so far, h this row so far, padded with zeros.
+        """What later steps read, for each block: v of all rows so far, h of this row, zero-padded.
 
-        from_stem, from_v: what v tells this row of h, after the stem, and in each block
+        from_stem, from_v: what v contributes to this row of h, from its stem and from each block
         """
         pad = self.kernel // 2
         size = self.size
@@ -208,7 +211,7 @@ class GatedPixelCNN(nn.Module):
     def logits_at(self, x, y, i, cache):
         """Logits (B,) of pixel i given those before it, for i = 0, 1, 2, ... in turn.
 
-        Adds h of pixel i in each block to cache and, at the start of a row, v of this row.
+        Adds to cache each block's h at pixel i and, when a row starts, each block's v for that row.
         """
         pad = self.kernel // 2
         r, c = divmod(i, self.size)
@@ -219,20 +222,22 @@ class GatedPixelCNN(nn.Module):
         skips = 0
         for b, block in enumerate(self.blocks):
             cache["h"][b][:, :, pad + c] = h[:, :, 0]
-            padded_h = cache["h"][b][
-                :, :, c : c + pad + 1
-            ]  # what is further right is left from the row before
+            # up to this pixel: what lies to the right of it in the cache is of the row before
+            padded_h = cache["h"][b][:, :, c : c + pad + 1]
             change, skip = block.forward_h(padded_h, cache["from_v"][b][:, :, c : c + 1])
             h = h + change  # (B, 1, 1, channels)
             skips = skips + skip
         return self.head((h + skips).relu()).flatten().float()
 
     def hidden_weights(self):
-        """The matrices in the blocks, which Muon trains."""
+        """The weights that Muon trains: the matrices and kernels in the blocks."""
         return [weight for weight in self.blocks.parameters() if weight.ndim > 1]
 
     def loss(self, x, y=None):
-        """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x | y), nats/image, {"nll", "bpd"}."""
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> mean of -log p(x | y) in nats/image, metrics.
+
+        In training, one label in ten is replaced by "no label".
+        """
         self.check(x, y)
         x = torch.bernoulli(x)
         if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well
@@ -262,7 +267,7 @@ class GatedPixelCNN(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.size**2):
-            # run for given pixels, too: that fills the cache, which later pixels read
+            # run for given pixels, too: later pixels need what it adds to the cache
             logits = self.logits_at(x, y, i, cache)  # (n,)
             if guided:
                 uncond = self.logits_at(x, None, i, uncond_cache)
@@ -276,7 +281,7 @@ class GatedPixelCNN(nn.Module):
         """x (N, 1, H, W) images, of which ten are used -> {name: pictures}:
 
         sampling    (frames, 20, 1, H, W): 20 images as they are drawn, one frame per half row
-        completion  (60, 1, H, W): ten images, their upper halves, four completions
+        completion  (60, 1, H, W): ten images, their upper halves, four completions of each
         field       (1, 1, 8 H, 8 W): how much the logit of the middle pixel depends on each pixel;
                     black: not at all
         """
@@ -293,7 +298,7 @@ class GatedPixelCNN(nn.Module):
             x.requires_grad_()
             middle = self(x)[..., half, half].sum()
             slope = torch.autograd.grad(middle, x)[0].abs().mean(0, keepdim=True)  # (1, 1, H, W)
-        field = (slope > 0) * (0.3 + 0.7 * slope / slope.max())  # 0.3: not black, however weak
+        field = (slope > 0) * (0.3 + 0.7 * slope / slope.max())  # 0.3: weak ones show, too
         field = F.interpolate(field, scale_factor=8)
         return {"sampling": torch.stack(frames), "completion": completion, "field": field}
 
@@ -319,8 +324,8 @@ class GatedPixelCNN(nn.Module):
 
 
 # ---------------------------------------------------------------- train
-# The same text in all ten scripts, but for these constants and, in gan.py, the optimizers and
-# train_step. The heart of it is train_step.
+# The same text in all ten scripts, except for these constants and, in gan.py, make_optimizers and
+# train_step. Start reading at train_step.
 NAME = "gatedcnn"  # of this script, its folder in out/, and the origin of its checkpoints
 Model = GatedPixelCNN
 EPOCHS = 5
@@ -329,9 +334,9 @@ LR = 1e-2
 
 
 def learning_rate(step, total_steps, peak):
-    """Rises to the peak over the first 2 % of the steps, then falls linearly towards 0.
+    """The rate at a step: it rises to the peak over the first 2 %, then falls linearly to 0.
 
-    step: from 1 to total_steps; the rate would reach 0 at total_steps + 1
+    step: from 1 to total_steps; 0 would be reached at total_steps + 1
     """
     warmup = max(1, round(0.02 * total_steps))
     if step <= warmup:
@@ -348,34 +353,37 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, weights):
-        groups = {}  # of weights of the same shape: few large operations instead of many small ones
+        # one group for all weights of a shape: a few large operations instead of many small ones
+        groups_by_shape = {}
         for weight in weights:
-            groups.setdefault(weight.shape, []).append(weight)
-        super().__init__([{"params": group} for group in groups.values()], {"lr": 0.0})
+            groups_by_shape.setdefault(weight.shape, []).append(weight)
+        param_groups = [{"params": group} for group in groups_by_shape.values()]
+        super().__init__(param_groups, defaults={"lr": 0.0})  # train_epoch sets the rate
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             weights = group["params"]
             grads = torch.stack([weight.grad for weight in weights]).flatten(2)  # (K, M, N)
-            state = self.state[weights[0]]
+            state = self.state[weights[0]]  # the first weight keeps the state of its whole group
             if not state:
                 state["mean"] = torch.zeros_like(grads)
-            state["mean"].lerp_(grads, 0.05)  # mean <- 0.95 mean + 0.05 grads
-            # Nesterov's momentum: for the update, the newest gradient is mixed in once more
-            updates = orthogonalise(grads.lerp(state["mean"], 0.95))
+            mean = state["mean"]
+            mean.lerp_(grads, 0.05)  # mean <- 0.95 mean + 0.05 grads
+            nesterov = grads.lerp(mean, 0.95)  # 0.95 mean + 0.05 grads, once more
+            updates = orthogonalise(nesterov)
             for weight, update in zip(weights, updates):
                 weight.sub_(update.reshape(weight.shape), alpha=group["lr"])
 
 
 def orthogonalise(x):
-    """Matrices x (K, M, N), each U S V^T (its singular value decomposition) -> about U V^T, scaled.
+    """Replace each matrix U S V^T (its singular value decomposition) in x (K, M, N) by about U V^T.
 
-    The iteration X <- a X + b (X X^T) X + c (X X^T)^2 X leaves U and V as they are, and turns each
-    singular value s into a s + b s^3 + c s^5. With the a, b and c below, five of these steps turn
-    any s from 0.002 to 1 into one from 0.68 to 1.2, which takes far less time than to compute U, S
-    and V. The result is scaled to a root mean square of about 0.2, that of AdamW's updates, so that
-    one learning rate suits both (arXiv:2502.16982).
+    The iteration X <- a X + b (X X^T) X + c (X X^T)^2 X keeps U and V, and turns each singular
+    value s into a s + b s^3 + c s^5. With the a, b and c below, five steps turn any s between 0.002
+    and 1 into one between 0.68 and 1.2, in far less time than computing U, S and V would take. The
+    result is scaled to a root mean square of about 0.2, like AdamW's updates, so that one learning
+    rate suits both (arXiv:2502.16982).
     """
     scale = 0.2 * max(x.shape[1:]) ** 0.5
     is_tall = x.shape[1] > x.shape[2]
@@ -387,7 +395,7 @@ def orthogonalise(x):
     c = 2.0315
     for _ in range(5):
         xxt = x @ x.mT
-        x = a * x + (b * xxt + c * xxt @ xxt) @ x
+        x = a * x + (b * xxt + (c * xxt) @ xxt) @ x
     if is_tall:
         x = x.mT
     return scale * x
@@ -399,7 +407,8 @@ def make_optimizers(model):
     train_epoch sets the learning rate of both.
     """
     hidden = model.hidden_weights()
-    others = [weight for weight in model.parameters() if not any(weight is h for h in hidden)]
+    hidden_ids = {id(weight) for weight in hidden}
+    others = [weight for weight in model.parameters() if id(weight) not in hidden_ids]
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     optimizers = [adamw]
     if hidden:
@@ -414,8 +423,8 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # If the gradient has a norm above 1, scale it down to 1. Where the loss is in nats, a sum over
-    # pixels, the norm is far above 1, so that all steps count equally in the running means.
+    # If the gradient has a norm above 1, scale it down to 1. A loss that is a sum over pixels has a
+    # norm far above 1: then all steps have norm 1, and none dominates the optimizers' means.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -440,17 +449,18 @@ def update_ema(ema, model, step):
 def train_epoch(epoch, args, model, ema, optimizers, images, labels):
     """Update model and ema on all uint8 images (N, 1, H, W), labels (N,) or None, in random order.
 
-    Returns the mean loss and the seconds that it took. The images that do not fill a last batch
-    are left out.
+    Returns the mean loss and the seconds taken. The images that do not fill a last batch are left
+    out.
     """
     set_seed(args.seed, epoch)  # the same order and noise, whether the run was resumed or not
     order = torch.randperm(len(images)).to(images.device)
     steps = len(images) // args.batch_size
     total_steps = args.epochs * steps
     autocast = bfloat16_autocast(args.device)
-    is_terminal = os.isatty(1)
+    is_terminal = os.isatty(1)  # 1 is standard output
     loss_sum = 0
-    start = shown = time.time()
+    start = time.time()
+    last_shown = start
     for i in range(steps):
         step = (epoch - 1) * steps + i + 1  # counted from the first epoch
         for optimizer in optimizers:
@@ -465,12 +475,14 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
         loss_sum += loss
 
         # on a terminal, at most once a second, because reading the loss waits for the GPU
-        if is_terminal and time.time() > shown + 1:
-            shown = time.time()
-            seconds_per_step = (shown - start) / (i + 1)
+        if is_terminal and time.time() > last_shown + 1:
+            loss_now = float(loss)
+            last_shown = time.time()
+            seconds_per_step = (last_shown - start) / (i + 1)
             speed = args.batch_size / seconds_per_step
             seconds_left = seconds_per_step * (total_steps - step)
-            line = f"step {step}/{total_steps} | loss {loss:.4g} | {speed:,.0f} img/s"
+            line = f"step {step}/{total_steps} | loss {loss_now:.4g} | {speed:,.0f} img/s"
+            # spaces at the end: they overwrite the rest of a longer line
             print(f"{line} | {seconds_left:.0f} s left  ", end="\r", flush=True)
     mean_loss = float(loss_sum) / steps  # waits until a GPU has done the last step
     return mean_loss, time.time() - start
@@ -479,9 +491,9 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
 def evaluate(loss_fn, images, autocast, batch_size=500):
     """Mean of each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: number}.
 
-    It gives no labels, so that runs with and without labels can be compared, and seeds each batch,
-    so that every call sees the same noise. There is no torch.no_grad(), as the loss of gan.py takes
-    a gradient; the weights of ema have requires_grad False, so no graph is kept anyway.
+    loss_fn gets no labels, so that runs with and without labels can be compared. Each batch is
+    seeded, so that every call sees the same noise. There is no torch.no_grad() here, because the
+    loss of gan.py computes a gradient; the weights of ema need none, so no graph is kept.
     """
     means = {}
     for i, batch in enumerate(images.split(batch_size)):
@@ -494,7 +506,9 @@ def evaluate(loss_fn, images, autocast, batch_size=500):
 
 
 def draw_samples(model, n, args, chunk=500):
-    """Draw n images (n, 1, H, W) in [0, 1], always the same for a seed; with labels 0, 1, 2, ...
+    """Draw n images (n, 1, H, W) in [0, 1], the same each time for the same seed and n.
+
+    If the model has labels, they are 0, 1, 2, ... in turn.
 
     chunk: images drawn at a time, to limit memory
     """
@@ -508,12 +522,13 @@ def draw_samples(model, n, args, chunk=500):
 
 
 def set_seed(seed, epoch=0):
-    """Seed torch for an epoch from 1 on; epoch 0 is for the initial weights, and for sampling."""
+    """Seed torch for an epoch from 1 on; epoch 0 is for the initial weights and for sampling."""
+    # a large prime keeps apart the epochs of two seeds; torch takes no negative numbers
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
 def bfloat16_autocast(device):
-    """The context that runs convolutions and products in bfloat16, where the hardware can."""
+    """A context in which convolutions and matrix products run in bfloat16, if the hardware can."""
     supported = False
     if device == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -523,7 +538,7 @@ def bfloat16_autocast(device):
 
 
 def make_checkpoint(args, config, model, ema, optimizers, log):
-    """All that it takes to draw samples (config and model), and to continue the training."""
+    """Everything needed to draw samples (config and model) and to continue the training."""
     settings = ("epochs", "batch_size", "lr", "seed", "dataset")
     return {
         "script": NAME,
@@ -559,13 +574,17 @@ def load_checkpoint(path, resume):
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)
         if checkpoint.get("script", NAME) != NAME:
-            raise ValueError(f"it is of {checkpoint['script']}.py")
+            raise ValueError(f"it was written by {checkpoint['script']}.py")
         model = Model(**checkpoint["config"])
         model.load_state_dict(checkpoint["model"])  # raises an error if they do not fit
-        # a config made by hand may leave these to the model's defaults
-        checkpoint["config"].update(size=model.size, n_classes=model.n_classes)
+        # a config made by hand may leave sizes to their defaults
+        sizes = {**size_defaults(), "size": model.size, "n_classes": model.n_classes}
+        checkpoint["config"] = {**sizes, **checkpoint["config"]}
     except Exception as error:  # a missing, damaged or foreign file can raise anything
-        fail(f"cannot load {path}: {' '.join(str(error).split()) or type(error).__name__}")
+        reason = " ".join(str(error).split())  # in one line
+        if not reason:
+            reason = type(error).__name__
+        fail(f"cannot load {path}: {reason}")
     missing = {"settings", "model_in_training", "optimizers", "log"} - checkpoint.keys()
     if resume and missing:
         fail(f"cannot resume from {path}: it has no {', '.join(sorted(missing))}")
@@ -583,13 +602,13 @@ def to_flag(name):
 
 
 def size_defaults():
-    """{name: default} of the model's sizes, but for two that follow from the data."""
+    """{name: default} of the model's sizes, except size and n_classes, which the data decide."""
     parameters = inspect.signature(Model).parameters.values()
     return {p.name: p.default for p in parameters if p.name not in ("size", "n_classes")}
 
 
 def make_parser():
-    """All flags: the same ones in each script, and then the sizes of its model."""
+    """The flags: first those that all ten scripts share, then the sizes of this model."""
     devices = ["cpu"]
     if torch.backends.mps.is_available():
         devices.append("mps")
@@ -605,19 +624,25 @@ def make_parser():
     add("--epochs", type=int, default=EPOCHS, help="passes over the images (default %(default)s)")
     add("--batch-size", type=int, default=BATCH_SIZE, help="images per step (default %(default)s)")
     add("--lr", type=float, default=LR, help="peak learning rate (default %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, order and noise (default %(default)s)")
+    add("--seed", type=int, default=0, help="of all random numbers (default %(default)s)")
     add("--device", choices=devices, default=device, help="where to compute (default %(default)s)")
-    add("--dataset", choices=datasets, default="MNIST", help="(default %(default)s)")
+    add("--dataset", choices=datasets, default="MNIST", help="(default MNIST)")
     add("--data-dir", type=Path, help="folder of the data sets (default: data, beside common.py)")
-    add("--out-dir", type=Path, default=Path("out", NAME), help="for output (default %(default)s)")
+    add("--out-dir", type=Path, default=Path("out", NAME), help="of this run (default %(default)s)")
     add("--class-cond", action="store_true", help="learn labels; grids have a column per class")
-    add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile the network: a slow start, but it may pay",
+    )
     add("--dry-run", action="store_true", help="only two batches per epoch; overwrites OUT_DIR-dry")
-    add("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
+    add("--tensorboard", action="store_true", help="also log for TensorBoard, into OUT_DIR")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="continue the run in OUT_DIR")
-    mode.add_argument("--sample", type=int, metavar="N", help="only draw N images from that run")
-    sizes = parser.add_argument_group("sizes of the model", Model.__doc__)  # which explains them
+    mode.add_argument(
+        "--sample", type=int, metavar="N", help="draw N images from the run in OUT_DIR"
+    )
+    sizes = parser.add_argument_group("sizes of the model", Model.__doc__)
     for name, value in size_defaults().items():
         sizes.add_argument(
             to_flag(name), type=type(value), default=value, help=f"(default {value})"
@@ -628,15 +653,17 @@ def make_parser():
 def parse_args(argv):
     """The settings in the list argv (None: of the command line), and a checkpoint or None.
 
-    --resume and --sample load the checkpoint of a run. What it was made with takes the place of
-    the defaults, and a flag that says otherwise is refused.
+    --resume and --sample load the checkpoint of a run. The run's own settings replace the
+    defaults, and a flag that contradicts them is refused, unless it may change.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
     for name in ("epochs", "batch_size", "lr", "sample"):
         value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            parser.error(f"{to_flag(name)} must be a finite number above 0")
+        if value is None:  # no --sample
+            continue
+        if value <= 0 or not math.isfinite(value):
+            parser.error(f"{to_flag(name)} must be positive and finite")
     out_dir = args.out_dir.expanduser()
     if args.dry_run:
         out_dir = Path(f"{out_dir}-dry")
@@ -644,18 +671,19 @@ def parse_args(argv):
     checkpoint = None
     if args.resume or args.sample:
         checkpoint = load_checkpoint(out_dir / "model.pt", args.resume)
-        made_with = {**checkpoint.get("settings", {}), **checkpoint["config"]}
-        made_with["class_cond"] = made_with.pop("n_classes") > 0
-        made_with.pop("size")
-        # parse again, with the run's settings as defaults: any value that differs now is a flag's
-        parser.set_defaults(**made_with)
+        run_settings = {**checkpoint.get("settings", {}), **checkpoint["config"]}
+        del run_settings["size"]
+        n_classes = run_settings.pop("n_classes")
+        run_settings["class_cond"] = n_classes > 0
+        # Parse again with these as defaults: a value that still differs was given by a flag.
+        parser.set_defaults(**run_settings)
         args = parser.parse_args(argv)
         may_differ = ["epochs", "lr"]
         if args.sample:
             may_differ += ["batch_size", "seed"]
-        for name, value in made_with.items():
+        for name, value in run_settings.items():
             if getattr(args, name) != value and name not in may_differ:
-                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}: {value} there")
+                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}, which has {value}")
     args.out_dir = out_dir
     return args, checkpoint
 
@@ -672,6 +700,54 @@ def sample_only(args, checkpoint):
     print(f"wrote samples.npy and samples.png into {args.out_dir}")
 
 
+def load_images(args):
+    """-> uint8 images (N, 1, H, W) to train on, their labels (N,) or None, and test images."""
+    from common import load_mnist  # here, so that the model can be imported without common.py
+
+    train_x, train_y, test_x, _ = load_mnist(args.data_dir, args.dataset, args.device)
+    if args.dry_run:
+        limit = 2 * args.batch_size
+        train_x = train_x[:limit]
+        train_y = train_y[:limit]
+        test_x = test_x[:limit]
+    if args.batch_size > len(train_x):
+        fail(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
+    labels = train_y if args.class_cond else None
+    return train_x, labels, test_x
+
+
+def set_up(args, config, checkpoint):
+    """-> model, ema, optimizers, new or as they are in the checkpoint.
+
+    model is in training; ema is the running average of its weights, for tests and samples.
+    """
+    set_seed(args.seed)
+    try:
+        model = Model(**config).to(args.device, memory_format=torch.channels_last)
+    except ValueError as error:  # sizes that the model cannot have
+        fail(error)
+    ema = Model(**config).to(args.device, memory_format=torch.channels_last)
+    ema.load_state_dict(model.state_dict())
+    ema.eval().requires_grad_(False)
+    optimizers = make_optimizers(model)
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model_in_training"])
+        ema.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+    if args.compile:
+        model.compile()  # its forward: the network (in gan.py, the generator)
+    return model, ema, optimizers
+
+
+def write_log(log, path):
+    """Write the figures of all epochs, a dictionary for each, as a CSV file with a header."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=log[0].keys())
+        writer.writeheader()
+        writer.writerows(log)
+
+
 def main(argv=None):
     """Train, or with --sample only draw; argv: a list of flags, or None for the command line."""
     args, checkpoint = parse_args(argv)
@@ -679,86 +755,56 @@ def main(argv=None):
         sample_only(args, checkpoint)
         return
 
-    # in another project: your own images instead of load_mnist, and your own way to save them
-    from common import load_mnist, save_images
+    # in another project: your own images instead of load_images, and your own way to save them
+    from common import save_images
 
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-    train_x, train_y, test_x, _ = load_mnist(args.data_dir, args.dataset, args.device)
-    n_samples = 100
-    if args.dry_run:
-        n_samples = 4
-        limit = 2 * args.batch_size
-        train_x, train_y, test_x = train_x[:limit], train_y[:limit], test_x[:limit]
-    labels = train_y if args.class_cond else None
-    steps = len(train_x) // args.batch_size
-    if steps == 0:
-        fail(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
-
-    # the model in training, and ema, the average of its weights, which is tested and drawn from
+    train_x, labels, test_x = load_images(args)
     if checkpoint is None:
         config = {name: getattr(args, name) for name in size_defaults()}
         config["size"] = train_x.shape[-1]
         config["n_classes"] = 10 if args.class_cond else 0
+        log = []  # of each epoch, its figures
     else:
         config = checkpoint["config"]
-    set_seed(args.seed)
-    try:
-        model = Model(**config).to(args.device, memory_format=torch.channels_last)
-    except ValueError as error:  # sizes that it cannot have
-        fail(error)
-    ema = Model(**config).to(args.device, memory_format=torch.channels_last)
-    ema.load_state_dict(model.state_dict())
-    ema.eval().requires_grad_(False)
-    optimizers = make_optimizers(model)
-    log = []
-    if checkpoint is not None:
-        model.load_state_dict(checkpoint["model_in_training"])
-        ema.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
         log = checkpoint["log"]
     if len(log) > args.epochs:
         fail(f"--epochs {args.epochs}: the run in {args.out_dir} has had {len(log)} epochs already")
-    if args.compile:
-        model.compile()  # its forward: the network (in gan.py, the generator)
+    model, ema, optimizers = set_up(args, config, checkpoint)
 
-    # Save before the first step: a disk that cannot be written to is noticed now, not after an
-    # hour, and --resume works wherever the run is stopped. (It saves what it has loaded.)
+    # Save before the first step: then a disk that cannot be written to is noticed now and not after
+    # an hour, and --resume works wherever the run is stopped.
     args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / "model.pt"
     is_new = checkpoint is None and not args.dry_run
-    if checkpoint is None:
-        checkpoint = make_checkpoint(args, config, model, ema, optimizers, log)
     try:
-        save_checkpoint(checkpoint, path, is_new)
+        save_checkpoint(make_checkpoint(args, config, model, ema, optimizers, log), path, is_new)
     except FileExistsError:
         fail(f"{args.out_dir} holds a run: --resume it, choose another --out-dir, or delete it")
     if args.tensorboard:
         board = SummaryWriter(args.out_dir)
+    steps = len(train_x) // args.batch_size
     plan = f"{args.epochs} epochs of {steps} steps on {args.device}, {len(log)} done"
     print(f"{args.out_dir}: {plan}; if interrupted, continue with --resume", flush=True)
 
     for epoch in range(len(log) + 1, args.epochs + 1):
         train_loss, seconds = train_epoch(epoch, args, model, ema, optimizers, train_x, labels)
-        test = evaluate(ema.loss, test_x, bfloat16_autocast(args.device))
-        row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **test}
+        metrics = evaluate(ema.loss, test_x, bfloat16_autocast(args.device))
+        row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **metrics}
         if not all(math.isfinite(value) for value in row.values()):
             fail(f"the loss of epoch {epoch} is not finite: --resume with a smaller --lr")
-        samples = draw_samples(ema, n_samples, args)
+        samples = draw_samples(ema, 4 if args.dry_run else 100, args)
         if not samples.isfinite().all():
             fail(f"the samples of epoch {epoch} are not finite: --resume with a smaller --lr")
 
         log.append(row)
         save_images(samples, args.out_dir / f"samples_{epoch:04d}.png")
         save_images(samples, args.out_dir / "samples.png")
+        write_log(log, args.out_dir / "log.csv")
         save_checkpoint(make_checkpoint(args, config, model, ema, optimizers, log), path)
-        with open(args.out_dir / "log.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=row.keys())
-            writer.writeheader()
-            writer.writerows(log)
 
-        figures = " ".join(f"{name} {value:.4g}" for name, value in test.items())
+        figures = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         speed = steps * args.batch_size / seconds
         print(
             f"epoch {epoch:3}/{args.epochs} | train loss {train_loss:.4g} | test {figures} | "
@@ -784,6 +830,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except ModuleNotFoundError as error:
-        fail(f"{error}: common.py has to lie beside this script, and pip installs the rest")
+        fail(f"{error}: common.py belongs beside this script; pip installs other packages")
     except OSError as error:
         fail(error)

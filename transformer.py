@@ -1,70 +1,75 @@
 """Transformer: every pixel looks back at all earlier ones and picks what helps to predict it.
 
-    python transformer.py --epochs 1
+    python transformer.py
 
 Vaswani et al. 2017, arXiv:1706.03762; on pixels: Chen et al. 2020 (Image GPT). Differences from the
-2017 paper: decoder only, as in GPT; layer norms, without weights, before attention, MLP and output,
-and on queries and keys; squared ReLU; no biases in the blocks, no dropout; a convolution at the
-input; learned embeddings of row and column; inner matrices trained by Muon (see the train section);
-the weights that are tested are a running average of those in training (EMA).
+2017 paper: decoder only, as in GPT; layer norms without learned weights, before attention, MLP and
+output, and on queries and keys; squared ReLU; no biases in the blocks, no dropout; a convolution at
+the input; learned embeddings of row and column; labels; images binarised anew in each epoch (see
+Shapes); inner matrices trained by Muon (see the train section); evaluation with a running average
+of the weights (EMA).
 
 Idea
   Take an image as a sequence of pixels, row by row, and predict each pixel from those before it
-  (see made.py for why that makes a generative model). made.py, wavenet.py and the convolutions fix
-  in advance how a prediction uses the past, and rnn.py squeezes the past into a memory of fixed
-  size. A transformer keeps all of it, and decides at each pixel where to look, depending on what is
-  in the image: attention. Each place in the sequence has a token, a vector; token i is made from
-  the pixels before pixel i, and becomes the prediction of pixel i. Three linear maps turn it into a
-  query, what the token is looking for; a key, what it has to offer to others; and a value, the
-  information that it hands over. A token compares its query with its own key and those of all
-  tokens before it, and takes the average of their values, weighted by how well they match.
-  Attention treats the past as a set: in it, no token is near or far. So each token is given
-  embeddings of its row and its column, learned vectors. The convolution `stem` makes token i from
-  the last 87 pixels, some three rows; attention brings in what is further back.
-  Training makes all 784 predictions of an image in one pass. Sampling takes 784 steps, as pixel i
-  has to be drawn before pixel i + 1 can be predicted.
-  The price: attention compares each token with each earlier one, 784 x 784 / 2 pairs for each
+  (made.py explains why that makes a generative model). In the other models it is fixed where a
+  prediction looks (made.py, wavenet.py, pixelcnn.py, gatedcnn.py), or the past is squeezed into a
+  memory of fixed size (rnn.py). A transformer keeps all of the past, and decides at each pixel
+  where to look, depending on what is in the image. This is called attention.
+  Each place in the sequence has a token, a vector; token i is made from the pixels before pixel i,
+  and becomes the prediction of pixel i. Three linear maps turn it into a query, what the token is
+  looking for; a key, what it has to offer to others; and a value, the information that it hands
+  over. A token compares its query with its own key and with those of all tokens before it. Then it
+  averages their values, weighted by how well query and key match.
+  Attention treats the past as a set: it has no notion of near and far. So each token is given
+  learned embeddings of its row and its column. The convolution `stem` makes token i from the last
+  87 pixels, about three rows; attention brings in what is further back.
+  In training the whole image is known, so one pass makes all 784 predictions. Sampling takes 784
+  steps, because pixel i has to be drawn before pixel i + 1 can be predicted.
+  The price: attention compares each token with each earlier one, about 784 x 784 / 2 pairs for each
   image, layer and head.
 
 Maths
       p(x) = p(x_0) p(x_1 | x_0) p(x_2 | x_0, x_1) ... = prod_i p(x_i | x_<i)    (the chain rule)
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
-  x_<i stands for the pixels 0 to i - 1. The loss is the negative log-likelihood,
+  x_<i stands for pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
-  computed exactly, not bounded; each term is the binary cross-entropy of a pixel. Over the data,
-  the mean of nll is their entropy plus KL(data || model), which is 0 only if both distributions are
-  equal. Attention, for queries q, keys k and values v of d numbers each:
+  which is computed exactly (a VAE only has a bound). Each term is the binary cross-entropy of one
+  pixel. Averaged over the data, nll is the entropy of the data, which no model can change, plus
+  KL(data || model), a distance that is 0 only if the two distributions are equal and positive
+  otherwise.
+  Attention, for queries q, keys k and values v of d numbers each:
       attention_i = sum_{j <= i} w_ij v_j,   w_ij = softmax_j(q_i k_j / sqrt(d)) over j <= i
-  The softmax makes the weights w_ij positive, with a sum of 1 for each i. Layer
-  norm gives q and k a length of sqrt(d), and for random directions q_i k_j is then of order
-  sqrt(d). Without the division, the softmax would start out with most of the weight on one j or a
-  few, which slows learning.
+  Here q_i k_j is a dot product. The softmax makes the weights w_ij positive, summing to 1 for each
+  i. Layer norm gives q and k a length of sqrt(d), and for random directions q_i k_j is then of
+  order sqrt(d). Without the division, the softmax would start out with most of the weight on one j
+  or a few, which slows learning.
   With n_head > 1, the vectors are split into several heads, of d = n_embd / n_head numbers each,
-  that attend independently. A block adds to each token, first, what attention has collected; then,
-  what a small network, the MLP, makes of the token alone.
+  that attend independently.
+  A block adds two things to each token: what attention has collected, and then the output of a
+  small network (MLP) that sees this token alone.
   Causality. Token i is made of the pixels before pixel i only, so it may attend to itself (j <= i)
   and still not see its answer: all that it collects comes from tokens up to i, so from pixels up to
   i - 1.
-  Sampling. A pixel that is drawn later changes nothing about earlier tokens: their keys and values
-  can be kept in a cache. Step i computes token i alone, and compares its query with the kept keys.
-  Each pixel is drawn with its probability: always taking the likelier value, which after black
-  pixels is black, gives a blank image.
-  Labels. With --class-cond, an embedding of the label is added to every token, and for one training
-  image in ten that of "no label" instead, so that one model learns both p(x | y) and p(x). Sampling
-  may exaggerate what the label adds (guidance):
-      logits <- logits(no label) + guidance (logits(label) - logits(no label)),  guidance > 1
+  Sampling. Later pixels do not affect earlier tokens, so the keys and values of these can be kept
+  in a cache. Step i computes token i alone, and compares its query with the keys so far.
+  Each pixel is drawn at random with its predicted probability. Always taking the likelier value
+  would give a blank image: after black pixels, black is likelier.
+  Labels. With --class-cond, an embedding of the label is added to every token. One training image
+  in ten gets the embedding of "no label" instead, so that one model learns both p(x | y) and p(x).
+  With guidance > 1, sample() exaggerates what the label adds:
+      logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
-  x (B, 1, 28, 28): loss takes grey levels in [0, 1], the network sees binary pixels: a grey level
-  of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
+  x (B, 1, 28, 28): loss() takes grey levels in [0, 1], but the network sees binary pixels. A grey
+  level of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
   binarisation). tokens (B, 784, n_embd); q, k, v (B, n_head, 784, n_embd / n_head).
 
 What to expect
   nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
-  same in bits per pixel. Probability 1/2 for every pixel gives 784 log 2 = 543; predicting each
-  pixel by how often it is white in the training images, 206. If every prediction saw its own pixel,
-  because of a wrong shift, the nll would fall to about 0; if only some pixels leak, it is just too
-  good to be true.
+  same in bits per pixel. Probability 1/2 for every pixel costs 784 log 2 = 543 nats; predicting for
+  each pixel how often it is white in the training images, 206. No model can get below 45, the
+  entropy of the coin flips that make a test image binary. If the nll does, predictions see their
+  own pixels (the padding is wrong).
 """
 
 import argparse
@@ -99,13 +104,14 @@ class Block(nn.Module):
     def forward(self, x, cache=None, i=0):
         """x (B, T, n_embd) -> the same shape; each token attends to itself and to those before it.
 
-        With a cache (2, B, n_head, all tokens, head size), of the keys and values of the tokens
-        before i, x is token i alone (T = 1), and its key and value are added to the cache.
+        With a cache (2, B, n_head, all tokens, head size), which holds the keys and values of the
+        tokens before i, x is token i alone (T = 1), whose key and value are added to the cache.
         """
         qkv = self.qkv(F.layer_norm(x, x.shape[-1:])).unflatten(2, (3, self.n_head, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head size) each
         q = F.layer_norm(q, q.shape[-1:])
         k = F.layer_norm(k, k.shape[-1:])
+        # h = sum_j softmax_j(q_i k_j / sqrt(head size)) v_j, over j <= i
         if cache is None:
             h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -134,7 +140,7 @@ class PixelTransformer(nn.Module):
         self.n_classes = n_classes
         self.n_embd = n_embd
         self.n_head = n_head
-        self.context = 3 * size + 3  # pixels: back to the one three rows up and three to the left
+        self.context = 3 * size + 3  # pixels: reaches three rows up and three to the left
         self.stem = nn.Conv1d(1, n_embd, self.context)
         self.row = nn.Parameter(0.02 * torch.randn(size, 1, n_embd))
         self.col = nn.Parameter(0.02 * torch.randn(1, size, n_embd))
@@ -152,9 +158,9 @@ class PixelTransformer(nn.Module):
     def tokens(self, x, y, start, end):
         """Tokens start to end - 1 (B, end - start, n_embd).
 
-        Token i is made of the `context` pixels before pixel i, with zeros where there are none. In
-        padded, pixel j stands at context + j: so token i is made of padded[i : i + context]. All
-        784 tokens take 784 - 1 + 87 numbers, into which a kernel of 87 fits at 784 places.
+        Token i is made of the `context` pixels before pixel i, with zeros where there are none.
+        Pixel j is padded[context + j], so the pixels before pixel i are padded[i : i + context].
+        For all 784 tokens, `past` has 784 - 1 + 87 numbers: a kernel of 87 fits in at 784 places.
         """
         padded = F.pad(x.flatten(2), (self.context, 0))  # (B, 1, context + H * W)
         past = padded[..., start : end - 1 + self.context]
@@ -188,7 +194,10 @@ class PixelTransformer(nn.Module):
         return [weight for weight in self.blocks.parameters() if weight.ndim > 1]
 
     def loss(self, x, y=None):
-        """x (B, 1, H, W) in [0, 1], y (B,) or None -> -log p(x | y), nats/image, {"nll", "bpd"}."""
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> mean of -log p(x | y) in nats/image, metrics.
+
+        In training, one label in ten is replaced by "no label".
+        """
         self.check(x, y)
         x = torch.bernoulli(x)
         if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well
@@ -218,7 +227,7 @@ class PixelTransformer(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.size**2):
-            # run for given pixels, too: that fills the cache, which later pixels read
+            # run for given pixels, too: later pixels need what it adds to the cache
             logits = self.logits_at(x, y, i, cache)  # (n,)
             if guided:
                 uncond = self.logits_at(x, None, i, uncond_cache)
@@ -232,7 +241,7 @@ class PixelTransformer(nn.Module):
         """x (N, 1, H, W) images, of which ten are used -> {name: pictures}:
 
         sampling    (frames, 20, 1, H, W): 20 images as they are drawn, one frame per half row
-        completion  (60, 1, H, W): ten images, their upper halves, four completions
+        completion  (60, 1, H, W): ten images, their upper halves, four completions of each
         """
         x = torch.bernoulli(x[:10])
         half = self.size // 2
@@ -266,8 +275,8 @@ class PixelTransformer(nn.Module):
 
 
 # ---------------------------------------------------------------- train
-# The same text in all ten scripts, but for these constants and, in gan.py, the optimizers and
-# train_step. The heart of it is train_step.
+# The same text in all ten scripts, except for these constants and, in gan.py, make_optimizers and
+# train_step. Start reading at train_step.
 NAME = "transformer"  # of this script, its folder in out/, and the origin of its checkpoints
 Model = PixelTransformer
 EPOCHS = 4
@@ -276,9 +285,9 @@ LR = 1e-2
 
 
 def learning_rate(step, total_steps, peak):
-    """Rises to the peak over the first 2 % of the steps, then falls linearly towards 0.
+    """The rate at a step: it rises to the peak over the first 2 %, then falls linearly to 0.
 
-    step: from 1 to total_steps; the rate would reach 0 at total_steps + 1
+    step: from 1 to total_steps; 0 would be reached at total_steps + 1
     """
     warmup = max(1, round(0.02 * total_steps))
     if step <= warmup:
@@ -295,34 +304,37 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, weights):
-        groups = {}  # of weights of the same shape: few large operations instead of many small ones
+        # one group for all weights of a shape: a few large operations instead of many small ones
+        groups_by_shape = {}
         for weight in weights:
-            groups.setdefault(weight.shape, []).append(weight)
-        super().__init__([{"params": group} for group in groups.values()], {"lr": 0.0})
+            groups_by_shape.setdefault(weight.shape, []).append(weight)
+        param_groups = [{"params": group} for group in groups_by_shape.values()]
+        super().__init__(param_groups, defaults={"lr": 0.0})  # train_epoch sets the rate
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             weights = group["params"]
             grads = torch.stack([weight.grad for weight in weights]).flatten(2)  # (K, M, N)
-            state = self.state[weights[0]]
+            state = self.state[weights[0]]  # the first weight keeps the state of its whole group
             if not state:
                 state["mean"] = torch.zeros_like(grads)
-            state["mean"].lerp_(grads, 0.05)  # mean <- 0.95 mean + 0.05 grads
-            # Nesterov's momentum: for the update, the newest gradient is mixed in once more
-            updates = orthogonalise(grads.lerp(state["mean"], 0.95))
+            mean = state["mean"]
+            mean.lerp_(grads, 0.05)  # mean <- 0.95 mean + 0.05 grads
+            nesterov = grads.lerp(mean, 0.95)  # 0.95 mean + 0.05 grads, once more
+            updates = orthogonalise(nesterov)
             for weight, update in zip(weights, updates):
                 weight.sub_(update.reshape(weight.shape), alpha=group["lr"])
 
 
 def orthogonalise(x):
-    """Matrices x (K, M, N), each U S V^T (its singular value decomposition) -> about U V^T, scaled.
+    """Replace each matrix U S V^T (its singular value decomposition) in x (K, M, N) by about U V^T.
 
-    The iteration X <- a X + b (X X^T) X + c (X X^T)^2 X leaves U and V as they are, and turns each
-    singular value s into a s + b s^3 + c s^5. With the a, b and c below, five of these steps turn
-    any s from 0.002 to 1 into one from 0.68 to 1.2, which takes far less time than to compute U, S
-    and V. The result is scaled to a root mean square of about 0.2, that of AdamW's updates, so that
-    one learning rate suits both (arXiv:2502.16982).
+    The iteration X <- a X + b (X X^T) X + c (X X^T)^2 X keeps U and V, and turns each singular
+    value s into a s + b s^3 + c s^5. With the a, b and c below, five steps turn any s between 0.002
+    and 1 into one between 0.68 and 1.2, in far less time than computing U, S and V would take. The
+    result is scaled to a root mean square of about 0.2, like AdamW's updates, so that one learning
+    rate suits both (arXiv:2502.16982).
     """
     scale = 0.2 * max(x.shape[1:]) ** 0.5
     is_tall = x.shape[1] > x.shape[2]
@@ -334,7 +346,7 @@ def orthogonalise(x):
     c = 2.0315
     for _ in range(5):
         xxt = x @ x.mT
-        x = a * x + (b * xxt + c * xxt @ xxt) @ x
+        x = a * x + (b * xxt + (c * xxt) @ xxt) @ x
     if is_tall:
         x = x.mT
     return scale * x
@@ -346,7 +358,8 @@ def make_optimizers(model):
     train_epoch sets the learning rate of both.
     """
     hidden = model.hidden_weights()
-    others = [weight for weight in model.parameters() if not any(weight is h for h in hidden)]
+    hidden_ids = {id(weight) for weight in hidden}
+    others = [weight for weight in model.parameters() if id(weight) not in hidden_ids]
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     optimizers = [adamw]
     if hidden:
@@ -361,8 +374,8 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # If the gradient has a norm above 1, scale it down to 1. Where the loss is in nats, a sum over
-    # pixels, the norm is far above 1, so that all steps count equally in the running means.
+    # If the gradient has a norm above 1, scale it down to 1. A loss that is a sum over pixels has a
+    # norm far above 1: then all steps have norm 1, and none dominates the optimizers' means.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -387,17 +400,18 @@ def update_ema(ema, model, step):
 def train_epoch(epoch, args, model, ema, optimizers, images, labels):
     """Update model and ema on all uint8 images (N, 1, H, W), labels (N,) or None, in random order.
 
-    Returns the mean loss and the seconds that it took. The images that do not fill a last batch
-    are left out.
+    Returns the mean loss and the seconds taken. The images that do not fill a last batch are left
+    out.
     """
     set_seed(args.seed, epoch)  # the same order and noise, whether the run was resumed or not
     order = torch.randperm(len(images)).to(images.device)
     steps = len(images) // args.batch_size
     total_steps = args.epochs * steps
     autocast = bfloat16_autocast(args.device)
-    is_terminal = os.isatty(1)
+    is_terminal = os.isatty(1)  # 1 is standard output
     loss_sum = 0
-    start = shown = time.time()
+    start = time.time()
+    last_shown = start
     for i in range(steps):
         step = (epoch - 1) * steps + i + 1  # counted from the first epoch
         for optimizer in optimizers:
@@ -412,12 +426,14 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
         loss_sum += loss
 
         # on a terminal, at most once a second, because reading the loss waits for the GPU
-        if is_terminal and time.time() > shown + 1:
-            shown = time.time()
-            seconds_per_step = (shown - start) / (i + 1)
+        if is_terminal and time.time() > last_shown + 1:
+            loss_now = float(loss)
+            last_shown = time.time()
+            seconds_per_step = (last_shown - start) / (i + 1)
             speed = args.batch_size / seconds_per_step
             seconds_left = seconds_per_step * (total_steps - step)
-            line = f"step {step}/{total_steps} | loss {loss:.4g} | {speed:,.0f} img/s"
+            line = f"step {step}/{total_steps} | loss {loss_now:.4g} | {speed:,.0f} img/s"
+            # spaces at the end: they overwrite the rest of a longer line
             print(f"{line} | {seconds_left:.0f} s left  ", end="\r", flush=True)
     mean_loss = float(loss_sum) / steps  # waits until a GPU has done the last step
     return mean_loss, time.time() - start
@@ -426,9 +442,9 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
 def evaluate(loss_fn, images, autocast, batch_size=500):
     """Mean of each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: number}.
 
-    It gives no labels, so that runs with and without labels can be compared, and seeds each batch,
-    so that every call sees the same noise. There is no torch.no_grad(), as the loss of gan.py takes
-    a gradient; the weights of ema have requires_grad False, so no graph is kept anyway.
+    loss_fn gets no labels, so that runs with and without labels can be compared. Each batch is
+    seeded, so that every call sees the same noise. There is no torch.no_grad() here, because the
+    loss of gan.py computes a gradient; the weights of ema need none, so no graph is kept.
     """
     means = {}
     for i, batch in enumerate(images.split(batch_size)):
@@ -441,7 +457,9 @@ def evaluate(loss_fn, images, autocast, batch_size=500):
 
 
 def draw_samples(model, n, args, chunk=500):
-    """Draw n images (n, 1, H, W) in [0, 1], always the same for a seed; with labels 0, 1, 2, ...
+    """Draw n images (n, 1, H, W) in [0, 1], the same each time for the same seed and n.
+
+    If the model has labels, they are 0, 1, 2, ... in turn.
 
     chunk: images drawn at a time, to limit memory
     """
@@ -455,12 +473,13 @@ def draw_samples(model, n, args, chunk=500):
 
 
 def set_seed(seed, epoch=0):
-    """Seed torch for an epoch from 1 on; epoch 0 is for the initial weights, and for sampling."""
+    """Seed torch for an epoch from 1 on; epoch 0 is for the initial weights and for sampling."""
+    # a large prime keeps apart the epochs of two seeds; torch takes no negative numbers
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
 def bfloat16_autocast(device):
-    """The context that runs convolutions and products in bfloat16, where the hardware can."""
+    """A context in which convolutions and matrix products run in bfloat16, if the hardware can."""
     supported = False
     if device == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -470,7 +489,7 @@ def bfloat16_autocast(device):
 
 
 def make_checkpoint(args, config, model, ema, optimizers, log):
-    """All that it takes to draw samples (config and model), and to continue the training."""
+    """Everything needed to draw samples (config and model) and to continue the training."""
     settings = ("epochs", "batch_size", "lr", "seed", "dataset")
     return {
         "script": NAME,
@@ -506,13 +525,17 @@ def load_checkpoint(path, resume):
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)
         if checkpoint.get("script", NAME) != NAME:
-            raise ValueError(f"it is of {checkpoint['script']}.py")
+            raise ValueError(f"it was written by {checkpoint['script']}.py")
         model = Model(**checkpoint["config"])
         model.load_state_dict(checkpoint["model"])  # raises an error if they do not fit
-        # a config made by hand may leave these to the model's defaults
-        checkpoint["config"].update(size=model.size, n_classes=model.n_classes)
+        # a config made by hand may leave sizes to their defaults
+        sizes = {**size_defaults(), "size": model.size, "n_classes": model.n_classes}
+        checkpoint["config"] = {**sizes, **checkpoint["config"]}
     except Exception as error:  # a missing, damaged or foreign file can raise anything
-        fail(f"cannot load {path}: {' '.join(str(error).split()) or type(error).__name__}")
+        reason = " ".join(str(error).split())  # in one line
+        if not reason:
+            reason = type(error).__name__
+        fail(f"cannot load {path}: {reason}")
     missing = {"settings", "model_in_training", "optimizers", "log"} - checkpoint.keys()
     if resume and missing:
         fail(f"cannot resume from {path}: it has no {', '.join(sorted(missing))}")
@@ -530,13 +553,13 @@ def to_flag(name):
 
 
 def size_defaults():
-    """{name: default} of the model's sizes, but for two that follow from the data."""
+    """{name: default} of the model's sizes, except size and n_classes, which the data decide."""
     parameters = inspect.signature(Model).parameters.values()
     return {p.name: p.default for p in parameters if p.name not in ("size", "n_classes")}
 
 
 def make_parser():
-    """All flags: the same ones in each script, and then the sizes of its model."""
+    """The flags: first those that all ten scripts share, then the sizes of this model."""
     devices = ["cpu"]
     if torch.backends.mps.is_available():
         devices.append("mps")
@@ -552,19 +575,25 @@ def make_parser():
     add("--epochs", type=int, default=EPOCHS, help="passes over the images (default %(default)s)")
     add("--batch-size", type=int, default=BATCH_SIZE, help="images per step (default %(default)s)")
     add("--lr", type=float, default=LR, help="peak learning rate (default %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, order and noise (default %(default)s)")
+    add("--seed", type=int, default=0, help="of all random numbers (default %(default)s)")
     add("--device", choices=devices, default=device, help="where to compute (default %(default)s)")
-    add("--dataset", choices=datasets, default="MNIST", help="(default %(default)s)")
+    add("--dataset", choices=datasets, default="MNIST", help="(default MNIST)")
     add("--data-dir", type=Path, help="folder of the data sets (default: data, beside common.py)")
-    add("--out-dir", type=Path, default=Path("out", NAME), help="for output (default %(default)s)")
+    add("--out-dir", type=Path, default=Path("out", NAME), help="of this run (default %(default)s)")
     add("--class-cond", action="store_true", help="learn labels; grids have a column per class")
-    add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile the network: a slow start, but it may pay",
+    )
     add("--dry-run", action="store_true", help="only two batches per epoch; overwrites OUT_DIR-dry")
-    add("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
+    add("--tensorboard", action="store_true", help="also log for TensorBoard, into OUT_DIR")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="continue the run in OUT_DIR")
-    mode.add_argument("--sample", type=int, metavar="N", help="only draw N images from that run")
-    sizes = parser.add_argument_group("sizes of the model", Model.__doc__)  # which explains them
+    mode.add_argument(
+        "--sample", type=int, metavar="N", help="draw N images from the run in OUT_DIR"
+    )
+    sizes = parser.add_argument_group("sizes of the model", Model.__doc__)
     for name, value in size_defaults().items():
         sizes.add_argument(
             to_flag(name), type=type(value), default=value, help=f"(default {value})"
@@ -575,15 +604,17 @@ def make_parser():
 def parse_args(argv):
     """The settings in the list argv (None: of the command line), and a checkpoint or None.
 
-    --resume and --sample load the checkpoint of a run. What it was made with takes the place of
-    the defaults, and a flag that says otherwise is refused.
+    --resume and --sample load the checkpoint of a run. The run's own settings replace the
+    defaults, and a flag that contradicts them is refused, unless it may change.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
     for name in ("epochs", "batch_size", "lr", "sample"):
         value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            parser.error(f"{to_flag(name)} must be a finite number above 0")
+        if value is None:  # no --sample
+            continue
+        if value <= 0 or not math.isfinite(value):
+            parser.error(f"{to_flag(name)} must be positive and finite")
     out_dir = args.out_dir.expanduser()
     if args.dry_run:
         out_dir = Path(f"{out_dir}-dry")
@@ -591,18 +622,19 @@ def parse_args(argv):
     checkpoint = None
     if args.resume or args.sample:
         checkpoint = load_checkpoint(out_dir / "model.pt", args.resume)
-        made_with = {**checkpoint.get("settings", {}), **checkpoint["config"]}
-        made_with["class_cond"] = made_with.pop("n_classes") > 0
-        made_with.pop("size")
-        # parse again, with the run's settings as defaults: any value that differs now is a flag's
-        parser.set_defaults(**made_with)
+        run_settings = {**checkpoint.get("settings", {}), **checkpoint["config"]}
+        del run_settings["size"]
+        n_classes = run_settings.pop("n_classes")
+        run_settings["class_cond"] = n_classes > 0
+        # Parse again with these as defaults: a value that still differs was given by a flag.
+        parser.set_defaults(**run_settings)
         args = parser.parse_args(argv)
         may_differ = ["epochs", "lr"]
         if args.sample:
             may_differ += ["batch_size", "seed"]
-        for name, value in made_with.items():
+        for name, value in run_settings.items():
             if getattr(args, name) != value and name not in may_differ:
-                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}: {value} there")
+                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}, which has {value}")
     args.out_dir = out_dir
     return args, checkpoint
 
@@ -619,6 +651,54 @@ def sample_only(args, checkpoint):
     print(f"wrote samples.npy and samples.png into {args.out_dir}")
 
 
+def load_images(args):
+    """-> uint8 images (N, 1, H, W) to train on, their labels (N,) or None, and test images."""
+    from common import load_mnist  # here, so that the model can be imported without common.py
+
+    train_x, train_y, test_x, _ = load_mnist(args.data_dir, args.dataset, args.device)
+    if args.dry_run:
+        limit = 2 * args.batch_size
+        train_x = train_x[:limit]
+        train_y = train_y[:limit]
+        test_x = test_x[:limit]
+    if args.batch_size > len(train_x):
+        fail(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
+    labels = train_y if args.class_cond else None
+    return train_x, labels, test_x
+
+
+def set_up(args, config, checkpoint):
+    """-> model, ema, optimizers, new or as they are in the checkpoint.
+
+    model is in training; ema is the running average of its weights, for tests and samples.
+    """
+    set_seed(args.seed)
+    try:
+        model = Model(**config).to(args.device, memory_format=torch.channels_last)
+    except ValueError as error:  # sizes that the model cannot have
+        fail(error)
+    ema = Model(**config).to(args.device, memory_format=torch.channels_last)
+    ema.load_state_dict(model.state_dict())
+    ema.eval().requires_grad_(False)
+    optimizers = make_optimizers(model)
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model_in_training"])
+        ema.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+    if args.compile:
+        model.compile()  # its forward: the network (in gan.py, the generator)
+    return model, ema, optimizers
+
+
+def write_log(log, path):
+    """Write the figures of all epochs, a dictionary for each, as a CSV file with a header."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=log[0].keys())
+        writer.writeheader()
+        writer.writerows(log)
+
+
 def main(argv=None):
     """Train, or with --sample only draw; argv: a list of flags, or None for the command line."""
     args, checkpoint = parse_args(argv)
@@ -626,86 +706,56 @@ def main(argv=None):
         sample_only(args, checkpoint)
         return
 
-    # in another project: your own images instead of load_mnist, and your own way to save them
-    from common import load_mnist, save_images
+    # in another project: your own images instead of load_images, and your own way to save them
+    from common import save_images
 
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-    train_x, train_y, test_x, _ = load_mnist(args.data_dir, args.dataset, args.device)
-    n_samples = 100
-    if args.dry_run:
-        n_samples = 4
-        limit = 2 * args.batch_size
-        train_x, train_y, test_x = train_x[:limit], train_y[:limit], test_x[:limit]
-    labels = train_y if args.class_cond else None
-    steps = len(train_x) // args.batch_size
-    if steps == 0:
-        fail(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
-
-    # the model in training, and ema, the average of its weights, which is tested and drawn from
+    train_x, labels, test_x = load_images(args)
     if checkpoint is None:
         config = {name: getattr(args, name) for name in size_defaults()}
         config["size"] = train_x.shape[-1]
         config["n_classes"] = 10 if args.class_cond else 0
+        log = []  # of each epoch, its figures
     else:
         config = checkpoint["config"]
-    set_seed(args.seed)
-    try:
-        model = Model(**config).to(args.device, memory_format=torch.channels_last)
-    except ValueError as error:  # sizes that it cannot have
-        fail(error)
-    ema = Model(**config).to(args.device, memory_format=torch.channels_last)
-    ema.load_state_dict(model.state_dict())
-    ema.eval().requires_grad_(False)
-    optimizers = make_optimizers(model)
-    log = []
-    if checkpoint is not None:
-        model.load_state_dict(checkpoint["model_in_training"])
-        ema.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
         log = checkpoint["log"]
     if len(log) > args.epochs:
         fail(f"--epochs {args.epochs}: the run in {args.out_dir} has had {len(log)} epochs already")
-    if args.compile:
-        model.compile()  # its forward: the network (in gan.py, the generator)
+    model, ema, optimizers = set_up(args, config, checkpoint)
 
-    # Save before the first step: a disk that cannot be written to is noticed now, not after an
-    # hour, and --resume works wherever the run is stopped. (It saves what it has loaded.)
+    # Save before the first step: then a disk that cannot be written to is noticed now and not after
+    # an hour, and --resume works wherever the run is stopped.
     args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / "model.pt"
     is_new = checkpoint is None and not args.dry_run
-    if checkpoint is None:
-        checkpoint = make_checkpoint(args, config, model, ema, optimizers, log)
     try:
-        save_checkpoint(checkpoint, path, is_new)
+        save_checkpoint(make_checkpoint(args, config, model, ema, optimizers, log), path, is_new)
     except FileExistsError:
         fail(f"{args.out_dir} holds a run: --resume it, choose another --out-dir, or delete it")
     if args.tensorboard:
         board = SummaryWriter(args.out_dir)
+    steps = len(train_x) // args.batch_size
     plan = f"{args.epochs} epochs of {steps} steps on {args.device}, {len(log)} done"
     print(f"{args.out_dir}: {plan}; if interrupted, continue with --resume", flush=True)
 
     for epoch in range(len(log) + 1, args.epochs + 1):
         train_loss, seconds = train_epoch(epoch, args, model, ema, optimizers, train_x, labels)
-        test = evaluate(ema.loss, test_x, bfloat16_autocast(args.device))
-        row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **test}
+        metrics = evaluate(ema.loss, test_x, bfloat16_autocast(args.device))
+        row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **metrics}
         if not all(math.isfinite(value) for value in row.values()):
             fail(f"the loss of epoch {epoch} is not finite: --resume with a smaller --lr")
-        samples = draw_samples(ema, n_samples, args)
+        samples = draw_samples(ema, 4 if args.dry_run else 100, args)
         if not samples.isfinite().all():
             fail(f"the samples of epoch {epoch} are not finite: --resume with a smaller --lr")
 
         log.append(row)
         save_images(samples, args.out_dir / f"samples_{epoch:04d}.png")
         save_images(samples, args.out_dir / "samples.png")
+        write_log(log, args.out_dir / "log.csv")
         save_checkpoint(make_checkpoint(args, config, model, ema, optimizers, log), path)
-        with open(args.out_dir / "log.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=row.keys())
-            writer.writeheader()
-            writer.writerows(log)
 
-        figures = " ".join(f"{name} {value:.4g}" for name, value in test.items())
+        figures = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         speed = steps * args.batch_size / seconds
         print(
             f"epoch {epoch:3}/{args.epochs} | train loss {train_loss:.4g} | test {figures} | "
@@ -731,6 +781,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except ModuleNotFoundError as error:
-        fail(f"{error}: common.py has to lie beside this script, and pip installs the rest")
+        fail(f"{error}: common.py belongs beside this script; pip installs other packages")
     except OSError as error:
         fail(error)

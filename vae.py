@@ -1,77 +1,79 @@
-"""VAE: compress images into 32 numbers and rebuild them, so that random numbers decode to digits.
+"""VAE: compress images into 32 noisy numbers near a Gaussian, so that random ones decode to digits.
 
-    python vae.py --epochs 10
+    python vae.py
 
 Kingma and Welling 2013, arXiv:1312.6114; the tighter bound: Burda et al. 2015, arXiv:1509.00519.
 Differences from the paper: convolutions before the encoder's hidden layer and after the decoder's;
-images made binary anew in each epoch (see Shapes); the matrices of the residual blocks trained by
-Muon (see the train section); the weights that are tested are a running average of those in training
-(EMA).
+labels; images binarised anew in each epoch (see Shapes); inner matrices trained by Muon (see the
+train section); evaluation with a running average of the weights (EMA).
 
 Idea
   Think of an image as made in two steps. First a code z, 32 random numbers, decides what to draw:
-  which digit, how slanted, how bold. Then a network, the decoder, turns z into a probability for
-  each pixel to be white; given z, pixels are independent, so p(x | z) is their product. z is called
-  latent, as it is never observed; its fixed distribution p(z), a standard Gaussian, is called the
-  prior.
-  Training should make real images probable: p(x) is p(x | z), averaged over all z. But for a given
-  x almost every random z draws something quite different, so an average over random z would be
-  hopeless to estimate. So a second network, the encoder, says for each x which z are likely to have
-  made it: a Gaussian q(z | x), far narrower than the prior. The decoder is then trained on z that
-  matter.
-  That is an autoencoder, with noise on the code and with a price: the encoder pays for every bit by
-  which q(z | x) is more specific than p(z). The price makes it spend bits only where each improves
-  the rebuilt image by more than it costs, and keeps the codes of all images together near the
-  prior, so that a z drawn from the prior decodes to a digit. A sample takes one pass, and similar z
-  give similar images.
-  What it costs: p(x) is known by a bound only; and whatever z leaves open comes out as a blur, as
-  the pixels do not know of each other.
+  which digit, how slanted, how bold. Then a network, the decoder, turns z into the probability of
+  each pixel to be white. Given z, pixels are independent, so p(x | z) is the product of their
+  probabilities. z is called latent, as it is never observed. Its fixed distribution p(z), a
+  standard Gaussian, is called the prior.
+  Training should make real images probable. p(x) is the average of p(x | z) over z drawn from the
+  prior. But for a given x almost every random z draws something quite different, so it would be
+  hopeless to estimate this average from random z. So a second network, the encoder, says for each x
+  which z are likely to have made it: a Gaussian q(z | x), far narrower than the prior in the
+  numbers that matter. The decoder is then trained on z that could have made x.
+  Encode, then rebuild: that is an autoencoder, with noise on the code and with a price. The encoder
+  pays for every bit by which q(z | x) is more precise than p(z). So it spends bits only where each
+  improves the rebuilt image by more than it costs. The price also keeps the codes of all images
+  together near the prior, so that a z drawn from the prior decodes to a digit. Sampling takes one
+  pass, and similar z give similar images.
+  What we pay for that: we only get a bound on p(x), and whatever z leaves open comes out as a blur,
+  because pixels do not know of each other.
 
 Maths
-  p(x) is the integral of p(x | z) p(z) over z. Multiply and divide by any q(z | x) > 0 in it:
+  p(x) is the integral of p(x | z) p(z) over z. Multiply and divide the integrand by any q(z | x) >
+  0:
       log p(x) = log E_{z ~ q}[ p(x | z) p(z) / q(z | x) ]
               >= E_{z ~ q}[ log ( p(x | z) p(z) / q(z | x) ) ]          (Jensen's inequality)
                = E_{z ~ q}[ log p(x | z) ] - KL( q(z | x) || p(z) )  =  ELBO  =  -(recon + kl)
-  The ELBO is the evidence lower bound; KL(q || p) = E_q[log q - log p], never negative, says how
-  far q is from p, in nats (natural logarithms; a nat is 1.44 bits).
   The inequality holds because log is concave: the log of a mean is at least the mean of the logs.
-  What it loses is KL( q(z | x) || p(z | x) ), as p(x | z) p(z) = p(z | x) p(x): nothing, if q is
-  the true posterior p(z | x), how probable each z is once x is known. The loss is neg_elbo = recon
-  + kl:
-      recon = -E_q[ sum_i log p(x_i | z) ],  p(x_i = 1 | z) = sigmoid(logits_i),  from one draw of z
+  ELBO is short for evidence lower bound. KL(q || p) = E_q[log q - log p], never negative, says how
+  far q is from p, in nats (natural logarithms; a nat is 1.44 bits).
+  How much does the inequality lose? The posterior p(z | x) says how probable each z is once x is
+  known. As p(x | z) p(z) = p(z | x) p(x), the loss is KL( q(z | x) || p(z | x) ): nothing, if q is
+  the posterior.
+  What is minimised is neg_elbo = recon + kl:
+      recon = -E_q[ sum_i log p(x_i | z) ]   with p(x_i = 1 | z) = sigmoid(logits_i),
+              estimated from one draw of z for each image
       kl    = sum over the numbers in z of (mu^2 + sigma^2 - 1 - log sigma^2) / 2,
-              as for each of them q(z | x) = N(mu, sigma^2) and p(z) = N(0, 1)
-  kl is what the code costs: after training some 27 nats, 39 bits.
-  Gradients. A random draw cannot be differentiated with respect to the mu and sigma that it is
-  drawn with. So draw what does not depend on them, and compute z from it (the reparametrisation
-  trick):
-      z = mu + sigma eps,   eps ~ N(0, 1):   dz/dmu = 1,  dz/dsigma = eps.
-  The encoder gives logvar = log sigma^2: any number is allowed, and sigma = exp(logvar / 2) is
+              because for each of them q(z | x) = N(mu, sigma^2) and p(z) = N(0, 1)
+  kl is the cost of the code: about 27 nats (39 bits) after training.
+  Gradients. A random draw cannot be differentiated with respect to the mu and sigma of its
+  distribution. So draw noise that does not depend on them, and compute z from it (the
+  reparametrisation trick):
+      z = mu + sigma * eps,   eps ~ N(0, 1):   dz/dmu = 1,  dz/dsigma = eps
+  The encoder outputs logvar = log sigma^2, which may be any number; sigma = exp(logvar / 2) is
   positive.
   A tighter bound, importance-weighted (the method `bound`; bench/compare.py reports it), averages k
   draws inside the log:
       log p(x) >= E[ log( 1/k sum_j p(x | z_j) p(z_j) / q(z_j | x) ) ]  =  -iwae
-  The mean of k such ratios varies less than a single one, so Jensen's inequality loses less: with k
-  = 1 it is the ELBO, and as k grows it tends to log p(x).
+  The mean of k such ratios varies less than a single one, so Jensen's inequality loses less. With k
+  = 1 it is the ELBO; as k grows it tends to log p(x).
   Sampling. z ~ N(0, 1), decoded to the probabilities of the pixels. These are shown as grey levels:
   flipping a coin for each pixel would only add speckles.
-  Labels. With --class-cond, the label's vector scales and shifts the features in encoder and
-  decoder, and for one training image in ten that of "no label", so that one model works with labels
-  and without.
+  Labels. With --class-cond, the label's vector sets a scale and a shift for the features in encoder
+  and decoder. One training image in ten gets the vector of "no label" instead, so that one model
+  works with labels and without.
 
 Shapes
-  x (B, 1, 28, 28): loss takes grey levels in [0, 1], the networks see binary pixels: a grey level
-  of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
+  x (B, 1, 28, 28): loss() takes grey levels in [0, 1], but the networks see binary pixels. A grey
+  level of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
   binarisation). mu, logvar, z (B, z_dim); logits like x. size: a multiple of 4, as the image is
   halved twice.
 
 What to expect
   All figures are in nats per image: summed over the pixels and over z, then averaged over images.
   Averaging over pixels and over z instead is a common mistake: it weighs kl 784 / 32 = 24.5 times
-  too much, the codes carry next to nothing, and all samples look like the average digit. recon
-  keeps falling; kl rises as the code comes into use, then stays.
-  Reconstructions look better than samples: the q(z | x) of all images together do not quite fill
-  the prior, and a z from one of the holes decodes to something between digits.
+  too much, so the codes carry next to nothing, and all samples look like the average digit. recon
+  keeps falling, while kl gets near its final value in the first epoch. Reconstructions look better
+  than samples: the q(z | x) of all images together do not quite fill the prior, and a z from one of
+  the holes decodes to something between digits.
 """
 
 import argparse
@@ -102,7 +104,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb):  # x (B, C, H, W), emb (B, n_embd)
         scale, shift = self.modulate(emb)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1) each
-        h = self.conv1(F.silu(x)).permute(0, 2, 3, 1)  # (B, H, W, C): normalise each pixel's C
+        h = self.conv1(F.silu(x)).permute(0, 2, 3, 1)  # (B, H, W, C), to normalise over C
         h = F.layer_norm(h, h.shape[-1:]).permute(0, 3, 1, 2)  # (B, C, H, W)
         return x + self.conv2(F.silu(torch.addcmul(shift, h, 1 + scale)))  # shift + h (1 + scale)
 
@@ -168,7 +170,7 @@ class VAE(nn.Module):
         return self.decode(z, y), mu, logvar
 
     def hidden_weights(self):
-        """The matrices in the residual blocks, which Muon trains."""
+        """The weights that Muon trains: the matrices and kernels in the residual blocks."""
         blocks = [self.encoder_outer, self.encoder_inner, self.decoder_inner, self.decoder_outer]
         return [weight for block in blocks for weight in block.parameters() if weight.ndim > 1]
 
@@ -188,10 +190,10 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def bound(self, x, y=None, k=64):
-        """Minus the importance-weighted bound of k draws on log p(x), in nats, and the metrics of
-        loss with it, as iwae."""
+        """-> iwae, minus the importance-weighted bound on log p(x) from k draws, in nats/image;
+        and the metrics of loss with iwae added."""
         x = torch.bernoulli(x)
-        _, metrics = self.loss(x, y)  # draws x again, which leaves {0, 1} as it is
+        _, metrics = self.loss(x, y)  # binarises x again, which changes nothing
         mu, logvar = self.encode(x, y)
         log_w = []
         for _ in range(k):  # one draw at a time: k at once would need k times the memory
@@ -216,7 +218,7 @@ class VAE(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images -> {name: pictures}:
 
-        reconstruction  (2 N, 1, H, W): each row of ten images above the row of what they decode to
+        reconstruction  (2 N, 1, H, W): rows of ten images, each above its reconstructions
         interpolation   (10 N, 1, H, W): a row from the z of each image to that of the next
         """
         x = torch.bernoulli(x)
@@ -253,8 +255,8 @@ class VAE(nn.Module):
 
 
 # ---------------------------------------------------------------- train
-# The same text in all ten scripts, but for these constants and, in gan.py, the optimizers and
-# train_step. The heart of it is train_step.
+# The same text in all ten scripts, except for these constants and, in gan.py, make_optimizers and
+# train_step. Start reading at train_step.
 NAME = "vae"  # of this script, its folder in out/, and the origin of its checkpoints
 Model = VAE
 EPOCHS = 30
@@ -263,9 +265,9 @@ LR = 4e-3
 
 
 def learning_rate(step, total_steps, peak):
-    """Rises to the peak over the first 2 % of the steps, then falls linearly towards 0.
+    """The rate at a step: it rises to the peak over the first 2 %, then falls linearly to 0.
 
-    step: from 1 to total_steps; the rate would reach 0 at total_steps + 1
+    step: from 1 to total_steps; 0 would be reached at total_steps + 1
     """
     warmup = max(1, round(0.02 * total_steps))
     if step <= warmup:
@@ -282,34 +284,37 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, weights):
-        groups = {}  # of weights of the same shape: few large operations instead of many small ones
+        # one group for all weights of a shape: a few large operations instead of many small ones
+        groups_by_shape = {}
         for weight in weights:
-            groups.setdefault(weight.shape, []).append(weight)
-        super().__init__([{"params": group} for group in groups.values()], {"lr": 0.0})
+            groups_by_shape.setdefault(weight.shape, []).append(weight)
+        param_groups = [{"params": group} for group in groups_by_shape.values()]
+        super().__init__(param_groups, defaults={"lr": 0.0})  # train_epoch sets the rate
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             weights = group["params"]
             grads = torch.stack([weight.grad for weight in weights]).flatten(2)  # (K, M, N)
-            state = self.state[weights[0]]
+            state = self.state[weights[0]]  # the first weight keeps the state of its whole group
             if not state:
                 state["mean"] = torch.zeros_like(grads)
-            state["mean"].lerp_(grads, 0.05)  # mean <- 0.95 mean + 0.05 grads
-            # Nesterov's momentum: for the update, the newest gradient is mixed in once more
-            updates = orthogonalise(grads.lerp(state["mean"], 0.95))
+            mean = state["mean"]
+            mean.lerp_(grads, 0.05)  # mean <- 0.95 mean + 0.05 grads
+            nesterov = grads.lerp(mean, 0.95)  # 0.95 mean + 0.05 grads, once more
+            updates = orthogonalise(nesterov)
             for weight, update in zip(weights, updates):
                 weight.sub_(update.reshape(weight.shape), alpha=group["lr"])
 
 
 def orthogonalise(x):
-    """Matrices x (K, M, N), each U S V^T (its singular value decomposition) -> about U V^T, scaled.
+    """Replace each matrix U S V^T (its singular value decomposition) in x (K, M, N) by about U V^T.
 
-    The iteration X <- a X + b (X X^T) X + c (X X^T)^2 X leaves U and V as they are, and turns each
-    singular value s into a s + b s^3 + c s^5. With the a, b and c below, five of these steps turn
-    any s from 0.002 to 1 into one from 0.68 to 1.2, which takes far less time than to compute U, S
-    and V. The result is scaled to a root mean square of about 0.2, that of AdamW's updates, so that
-    one learning rate suits both (arXiv:2502.16982).
+    The iteration X <- a X + b (X X^T) X + c (X X^T)^2 X keeps U and V, and turns each singular
+    value s into a s + b s^3 + c s^5. With the a, b and c below, five steps turn any s between 0.002
+    and 1 into one between 0.68 and 1.2, in far less time than computing U, S and V would take. The
+    result is scaled to a root mean square of about 0.2, like AdamW's updates, so that one learning
+    rate suits both (arXiv:2502.16982).
     """
     scale = 0.2 * max(x.shape[1:]) ** 0.5
     is_tall = x.shape[1] > x.shape[2]
@@ -321,7 +326,7 @@ def orthogonalise(x):
     c = 2.0315
     for _ in range(5):
         xxt = x @ x.mT
-        x = a * x + (b * xxt + c * xxt @ xxt) @ x
+        x = a * x + (b * xxt + (c * xxt) @ xxt) @ x
     if is_tall:
         x = x.mT
     return scale * x
@@ -333,7 +338,8 @@ def make_optimizers(model):
     train_epoch sets the learning rate of both.
     """
     hidden = model.hidden_weights()
-    others = [weight for weight in model.parameters() if not any(weight is h for h in hidden)]
+    hidden_ids = {id(weight) for weight in hidden}
+    others = [weight for weight in model.parameters() if id(weight) not in hidden_ids]
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     optimizers = [adamw]
     if hidden:
@@ -348,8 +354,8 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # If the gradient has a norm above 1, scale it down to 1. Where the loss is in nats, a sum over
-    # pixels, the norm is far above 1, so that all steps count equally in the running means.
+    # If the gradient has a norm above 1, scale it down to 1. A loss that is a sum over pixels has a
+    # norm far above 1: then all steps have norm 1, and none dominates the optimizers' means.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -374,17 +380,18 @@ def update_ema(ema, model, step):
 def train_epoch(epoch, args, model, ema, optimizers, images, labels):
     """Update model and ema on all uint8 images (N, 1, H, W), labels (N,) or None, in random order.
 
-    Returns the mean loss and the seconds that it took. The images that do not fill a last batch
-    are left out.
+    Returns the mean loss and the seconds taken. The images that do not fill a last batch are left
+    out.
     """
     set_seed(args.seed, epoch)  # the same order and noise, whether the run was resumed or not
     order = torch.randperm(len(images)).to(images.device)
     steps = len(images) // args.batch_size
     total_steps = args.epochs * steps
     autocast = bfloat16_autocast(args.device)
-    is_terminal = os.isatty(1)
+    is_terminal = os.isatty(1)  # 1 is standard output
     loss_sum = 0
-    start = shown = time.time()
+    start = time.time()
+    last_shown = start
     for i in range(steps):
         step = (epoch - 1) * steps + i + 1  # counted from the first epoch
         for optimizer in optimizers:
@@ -399,12 +406,14 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
         loss_sum += loss
 
         # on a terminal, at most once a second, because reading the loss waits for the GPU
-        if is_terminal and time.time() > shown + 1:
-            shown = time.time()
-            seconds_per_step = (shown - start) / (i + 1)
+        if is_terminal and time.time() > last_shown + 1:
+            loss_now = float(loss)
+            last_shown = time.time()
+            seconds_per_step = (last_shown - start) / (i + 1)
             speed = args.batch_size / seconds_per_step
             seconds_left = seconds_per_step * (total_steps - step)
-            line = f"step {step}/{total_steps} | loss {loss:.4g} | {speed:,.0f} img/s"
+            line = f"step {step}/{total_steps} | loss {loss_now:.4g} | {speed:,.0f} img/s"
+            # spaces at the end: they overwrite the rest of a longer line
             print(f"{line} | {seconds_left:.0f} s left  ", end="\r", flush=True)
     mean_loss = float(loss_sum) / steps  # waits until a GPU has done the last step
     return mean_loss, time.time() - start
@@ -413,9 +422,9 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
 def evaluate(loss_fn, images, autocast, batch_size=500):
     """Mean of each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: number}.
 
-    It gives no labels, so that runs with and without labels can be compared, and seeds each batch,
-    so that every call sees the same noise. There is no torch.no_grad(), as the loss of gan.py takes
-    a gradient; the weights of ema have requires_grad False, so no graph is kept anyway.
+    loss_fn gets no labels, so that runs with and without labels can be compared. Each batch is
+    seeded, so that every call sees the same noise. There is no torch.no_grad() here, because the
+    loss of gan.py computes a gradient; the weights of ema need none, so no graph is kept.
     """
     means = {}
     for i, batch in enumerate(images.split(batch_size)):
@@ -428,7 +437,9 @@ def evaluate(loss_fn, images, autocast, batch_size=500):
 
 
 def draw_samples(model, n, args, chunk=500):
-    """Draw n images (n, 1, H, W) in [0, 1], always the same for a seed; with labels 0, 1, 2, ...
+    """Draw n images (n, 1, H, W) in [0, 1], the same each time for the same seed and n.
+
+    If the model has labels, they are 0, 1, 2, ... in turn.
 
     chunk: images drawn at a time, to limit memory
     """
@@ -442,12 +453,13 @@ def draw_samples(model, n, args, chunk=500):
 
 
 def set_seed(seed, epoch=0):
-    """Seed torch for an epoch from 1 on; epoch 0 is for the initial weights, and for sampling."""
+    """Seed torch for an epoch from 1 on; epoch 0 is for the initial weights and for sampling."""
+    # a large prime keeps apart the epochs of two seeds; torch takes no negative numbers
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
 def bfloat16_autocast(device):
-    """The context that runs convolutions and products in bfloat16, where the hardware can."""
+    """A context in which convolutions and matrix products run in bfloat16, if the hardware can."""
     supported = False
     if device == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -457,7 +469,7 @@ def bfloat16_autocast(device):
 
 
 def make_checkpoint(args, config, model, ema, optimizers, log):
-    """All that it takes to draw samples (config and model), and to continue the training."""
+    """Everything needed to draw samples (config and model) and to continue the training."""
     settings = ("epochs", "batch_size", "lr", "seed", "dataset")
     return {
         "script": NAME,
@@ -493,13 +505,17 @@ def load_checkpoint(path, resume):
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)
         if checkpoint.get("script", NAME) != NAME:
-            raise ValueError(f"it is of {checkpoint['script']}.py")
+            raise ValueError(f"it was written by {checkpoint['script']}.py")
         model = Model(**checkpoint["config"])
         model.load_state_dict(checkpoint["model"])  # raises an error if they do not fit
-        # a config made by hand may leave these to the model's defaults
-        checkpoint["config"].update(size=model.size, n_classes=model.n_classes)
+        # a config made by hand may leave sizes to their defaults
+        sizes = {**size_defaults(), "size": model.size, "n_classes": model.n_classes}
+        checkpoint["config"] = {**sizes, **checkpoint["config"]}
     except Exception as error:  # a missing, damaged or foreign file can raise anything
-        fail(f"cannot load {path}: {' '.join(str(error).split()) or type(error).__name__}")
+        reason = " ".join(str(error).split())  # in one line
+        if not reason:
+            reason = type(error).__name__
+        fail(f"cannot load {path}: {reason}")
     missing = {"settings", "model_in_training", "optimizers", "log"} - checkpoint.keys()
     if resume and missing:
         fail(f"cannot resume from {path}: it has no {', '.join(sorted(missing))}")
@@ -517,13 +533,13 @@ def to_flag(name):
 
 
 def size_defaults():
-    """{name: default} of the model's sizes, but for two that follow from the data."""
+    """{name: default} of the model's sizes, except size and n_classes, which the data decide."""
     parameters = inspect.signature(Model).parameters.values()
     return {p.name: p.default for p in parameters if p.name not in ("size", "n_classes")}
 
 
 def make_parser():
-    """All flags: the same ones in each script, and then the sizes of its model."""
+    """The flags: first those that all ten scripts share, then the sizes of this model."""
     devices = ["cpu"]
     if torch.backends.mps.is_available():
         devices.append("mps")
@@ -539,19 +555,25 @@ def make_parser():
     add("--epochs", type=int, default=EPOCHS, help="passes over the images (default %(default)s)")
     add("--batch-size", type=int, default=BATCH_SIZE, help="images per step (default %(default)s)")
     add("--lr", type=float, default=LR, help="peak learning rate (default %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, order and noise (default %(default)s)")
+    add("--seed", type=int, default=0, help="of all random numbers (default %(default)s)")
     add("--device", choices=devices, default=device, help="where to compute (default %(default)s)")
-    add("--dataset", choices=datasets, default="MNIST", help="(default %(default)s)")
+    add("--dataset", choices=datasets, default="MNIST", help="(default MNIST)")
     add("--data-dir", type=Path, help="folder of the data sets (default: data, beside common.py)")
-    add("--out-dir", type=Path, default=Path("out", NAME), help="for output (default %(default)s)")
+    add("--out-dir", type=Path, default=Path("out", NAME), help="of this run (default %(default)s)")
     add("--class-cond", action="store_true", help="learn labels; grids have a column per class")
-    add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile the network: a slow start, but it may pay",
+    )
     add("--dry-run", action="store_true", help="only two batches per epoch; overwrites OUT_DIR-dry")
-    add("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
+    add("--tensorboard", action="store_true", help="also log for TensorBoard, into OUT_DIR")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="continue the run in OUT_DIR")
-    mode.add_argument("--sample", type=int, metavar="N", help="only draw N images from that run")
-    sizes = parser.add_argument_group("sizes of the model", Model.__doc__)  # which explains them
+    mode.add_argument(
+        "--sample", type=int, metavar="N", help="draw N images from the run in OUT_DIR"
+    )
+    sizes = parser.add_argument_group("sizes of the model", Model.__doc__)
     for name, value in size_defaults().items():
         sizes.add_argument(
             to_flag(name), type=type(value), default=value, help=f"(default {value})"
@@ -562,15 +584,17 @@ def make_parser():
 def parse_args(argv):
     """The settings in the list argv (None: of the command line), and a checkpoint or None.
 
-    --resume and --sample load the checkpoint of a run. What it was made with takes the place of
-    the defaults, and a flag that says otherwise is refused.
+    --resume and --sample load the checkpoint of a run. The run's own settings replace the
+    defaults, and a flag that contradicts them is refused, unless it may change.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
     for name in ("epochs", "batch_size", "lr", "sample"):
         value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            parser.error(f"{to_flag(name)} must be a finite number above 0")
+        if value is None:  # no --sample
+            continue
+        if value <= 0 or not math.isfinite(value):
+            parser.error(f"{to_flag(name)} must be positive and finite")
     out_dir = args.out_dir.expanduser()
     if args.dry_run:
         out_dir = Path(f"{out_dir}-dry")
@@ -578,18 +602,19 @@ def parse_args(argv):
     checkpoint = None
     if args.resume or args.sample:
         checkpoint = load_checkpoint(out_dir / "model.pt", args.resume)
-        made_with = {**checkpoint.get("settings", {}), **checkpoint["config"]}
-        made_with["class_cond"] = made_with.pop("n_classes") > 0
-        made_with.pop("size")
-        # parse again, with the run's settings as defaults: any value that differs now is a flag's
-        parser.set_defaults(**made_with)
+        run_settings = {**checkpoint.get("settings", {}), **checkpoint["config"]}
+        del run_settings["size"]
+        n_classes = run_settings.pop("n_classes")
+        run_settings["class_cond"] = n_classes > 0
+        # Parse again with these as defaults: a value that still differs was given by a flag.
+        parser.set_defaults(**run_settings)
         args = parser.parse_args(argv)
         may_differ = ["epochs", "lr"]
         if args.sample:
             may_differ += ["batch_size", "seed"]
-        for name, value in made_with.items():
+        for name, value in run_settings.items():
             if getattr(args, name) != value and name not in may_differ:
-                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}: {value} there")
+                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}, which has {value}")
     args.out_dir = out_dir
     return args, checkpoint
 
@@ -606,6 +631,54 @@ def sample_only(args, checkpoint):
     print(f"wrote samples.npy and samples.png into {args.out_dir}")
 
 
+def load_images(args):
+    """-> uint8 images (N, 1, H, W) to train on, their labels (N,) or None, and test images."""
+    from common import load_mnist  # here, so that the model can be imported without common.py
+
+    train_x, train_y, test_x, _ = load_mnist(args.data_dir, args.dataset, args.device)
+    if args.dry_run:
+        limit = 2 * args.batch_size
+        train_x = train_x[:limit]
+        train_y = train_y[:limit]
+        test_x = test_x[:limit]
+    if args.batch_size > len(train_x):
+        fail(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
+    labels = train_y if args.class_cond else None
+    return train_x, labels, test_x
+
+
+def set_up(args, config, checkpoint):
+    """-> model, ema, optimizers, new or as they are in the checkpoint.
+
+    model is in training; ema is the running average of its weights, for tests and samples.
+    """
+    set_seed(args.seed)
+    try:
+        model = Model(**config).to(args.device, memory_format=torch.channels_last)
+    except ValueError as error:  # sizes that the model cannot have
+        fail(error)
+    ema = Model(**config).to(args.device, memory_format=torch.channels_last)
+    ema.load_state_dict(model.state_dict())
+    ema.eval().requires_grad_(False)
+    optimizers = make_optimizers(model)
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model_in_training"])
+        ema.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+    if args.compile:
+        model.compile()  # its forward: the network (in gan.py, the generator)
+    return model, ema, optimizers
+
+
+def write_log(log, path):
+    """Write the figures of all epochs, a dictionary for each, as a CSV file with a header."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=log[0].keys())
+        writer.writeheader()
+        writer.writerows(log)
+
+
 def main(argv=None):
     """Train, or with --sample only draw; argv: a list of flags, or None for the command line."""
     args, checkpoint = parse_args(argv)
@@ -613,86 +686,56 @@ def main(argv=None):
         sample_only(args, checkpoint)
         return
 
-    # in another project: your own images instead of load_mnist, and your own way to save them
-    from common import load_mnist, save_images
+    # in another project: your own images instead of load_images, and your own way to save them
+    from common import save_images
 
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-    train_x, train_y, test_x, _ = load_mnist(args.data_dir, args.dataset, args.device)
-    n_samples = 100
-    if args.dry_run:
-        n_samples = 4
-        limit = 2 * args.batch_size
-        train_x, train_y, test_x = train_x[:limit], train_y[:limit], test_x[:limit]
-    labels = train_y if args.class_cond else None
-    steps = len(train_x) // args.batch_size
-    if steps == 0:
-        fail(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
-
-    # the model in training, and ema, the average of its weights, which is tested and drawn from
+    train_x, labels, test_x = load_images(args)
     if checkpoint is None:
         config = {name: getattr(args, name) for name in size_defaults()}
         config["size"] = train_x.shape[-1]
         config["n_classes"] = 10 if args.class_cond else 0
+        log = []  # of each epoch, its figures
     else:
         config = checkpoint["config"]
-    set_seed(args.seed)
-    try:
-        model = Model(**config).to(args.device, memory_format=torch.channels_last)
-    except ValueError as error:  # sizes that it cannot have
-        fail(error)
-    ema = Model(**config).to(args.device, memory_format=torch.channels_last)
-    ema.load_state_dict(model.state_dict())
-    ema.eval().requires_grad_(False)
-    optimizers = make_optimizers(model)
-    log = []
-    if checkpoint is not None:
-        model.load_state_dict(checkpoint["model_in_training"])
-        ema.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
         log = checkpoint["log"]
     if len(log) > args.epochs:
         fail(f"--epochs {args.epochs}: the run in {args.out_dir} has had {len(log)} epochs already")
-    if args.compile:
-        model.compile()  # its forward: the network (in gan.py, the generator)
+    model, ema, optimizers = set_up(args, config, checkpoint)
 
-    # Save before the first step: a disk that cannot be written to is noticed now, not after an
-    # hour, and --resume works wherever the run is stopped. (It saves what it has loaded.)
+    # Save before the first step: then a disk that cannot be written to is noticed now and not after
+    # an hour, and --resume works wherever the run is stopped.
     args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / "model.pt"
     is_new = checkpoint is None and not args.dry_run
-    if checkpoint is None:
-        checkpoint = make_checkpoint(args, config, model, ema, optimizers, log)
     try:
-        save_checkpoint(checkpoint, path, is_new)
+        save_checkpoint(make_checkpoint(args, config, model, ema, optimizers, log), path, is_new)
     except FileExistsError:
         fail(f"{args.out_dir} holds a run: --resume it, choose another --out-dir, or delete it")
     if args.tensorboard:
         board = SummaryWriter(args.out_dir)
+    steps = len(train_x) // args.batch_size
     plan = f"{args.epochs} epochs of {steps} steps on {args.device}, {len(log)} done"
     print(f"{args.out_dir}: {plan}; if interrupted, continue with --resume", flush=True)
 
     for epoch in range(len(log) + 1, args.epochs + 1):
         train_loss, seconds = train_epoch(epoch, args, model, ema, optimizers, train_x, labels)
-        test = evaluate(ema.loss, test_x, bfloat16_autocast(args.device))
-        row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **test}
+        metrics = evaluate(ema.loss, test_x, bfloat16_autocast(args.device))
+        row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **metrics}
         if not all(math.isfinite(value) for value in row.values()):
             fail(f"the loss of epoch {epoch} is not finite: --resume with a smaller --lr")
-        samples = draw_samples(ema, n_samples, args)
+        samples = draw_samples(ema, 4 if args.dry_run else 100, args)
         if not samples.isfinite().all():
             fail(f"the samples of epoch {epoch} are not finite: --resume with a smaller --lr")
 
         log.append(row)
         save_images(samples, args.out_dir / f"samples_{epoch:04d}.png")
         save_images(samples, args.out_dir / "samples.png")
+        write_log(log, args.out_dir / "log.csv")
         save_checkpoint(make_checkpoint(args, config, model, ema, optimizers, log), path)
-        with open(args.out_dir / "log.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=row.keys())
-            writer.writeheader()
-            writer.writerows(log)
 
-        figures = " ".join(f"{name} {value:.4g}" for name, value in test.items())
+        figures = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         speed = steps * args.batch_size / seconds
         print(
             f"epoch {epoch:3}/{args.epochs} | train loss {train_loss:.4g} | test {figures} | "
@@ -718,6 +761,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except ModuleNotFoundError as error:
-        fail(f"{error}: common.py has to lie beside this script, and pip installs the rest")
+        fail(f"{error}: common.py belongs beside this script; pip installs other packages")
     except OSError as error:
         fail(error)

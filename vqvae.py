@@ -1,77 +1,79 @@
 """VQ-VAE: write an image as a grid of 7 x 7 symbols out of 64, and learn which go together.
 
-    python vqvae.py --epochs 10
+    python vqvae.py
 
-Van den Oord et al. 2017, arXiv:1711.00937; restarts of unused codes: Dhariwal et al. 2020,
-arXiv:2005.00341; the idea of a penalty for unlikely codes: Chou et al. 1989 (entropy-constrained
-vector quantisation). Differences from the paper: a transformer as the prior, not a PixelCNN, and
-trained in the same run; that penalty (rate); a learned offset for each position is added to the
-encoder's output, and the sum normalised; images made binary anew in each epoch (see Shapes); inner
-matrices and convolutions trained by Muon (see the train section); the weights that are tested are a
-running average of those in training (EMA).
+Van den Oord et al. 2017, arXiv:1711.00937; restarts of unused vectors: Dhariwal et al. 2020,
+arXiv:2005.00341; a penalty for unlikely codes: Chou et al. 1989 (entropy-constrained vector
+quantisation). Differences from the paper: a transformer as the prior, not a PixelCNN, and trained
+in the same run; a penalty for codes that the prior finds unlikely (rate, below); a learned offset
+for each position is added to the encoder's output, and the sum is normalised; labels; images
+binarised anew in each epoch (see Shapes); inner matrices trained by Muon (see the train section);
+evaluation with a running average of the weights (EMA).
 
 Idea
-  A VAE (see vae.py) describes an image by 32 real numbers, and fixes in advance how such codes are
-  distributed: the prior. Here the code is 49 symbols, each one of 64, and the prior is learned.
-  This is how written language works: a small alphabet, and rules of which letters follow which.
+  A VAE (see vae.py) describes an image by 32 real numbers, and fixes in advance how such numbers
+  are distributed: the prior. Here the description is 49 symbols, each one of 64, and the prior is
+  learned. Written language works like this: a small alphabet, and rules for which letters follow
+  which.
   An encoder turns the image into a vector z_e for each of 7 x 7 positions. Each z_e is replaced by
-  the nearest of 64 learned vectors (together: the codebook). The index of that vector is the code
-  of the position; the vector itself is called z_q. A decoder rebuilds the image from the z_q alone,
-  so that the codes have to keep what matters. The prior is a transformer (the block of
+  the nearest of 64 learned vectors, which together are the codebook. The index of that vector is
+  the code of the position; the vector itself is called z_q. A decoder rebuilds the image from the
+  z_q alone, so the codes have to keep what matters. The prior is a transformer (the block of
   transformer.py) that learns to predict each code from those before it, row by row.
   To sample, draw 49 codes from the prior, one by one, and decode them once: a short sequence takes
-  the place of 784 pixels. Without the prior, with codes drawn uniformly, the decoder would draw
+  the place of 784 pixels. Without the prior, from codes drawn uniformly, the decoder would draw
   scribbles.
-  The price: codes from which an image is best rebuilt are not those that are easiest to predict, so
-  the two models have to be balanced; the choice of the nearest vector has no gradient; and codes
-  may fall out of use.
+  The price: the codes that rebuild an image best are not the easiest to predict, so the two models
+  have to be balanced; the choice of the nearest vector has no gradient; and vectors may fall out of
+  use.
 
 Maths
-  The decoder defines p(x | codes), the prior p(codes). An image could come from any codes:
-      p(x) = sum over all codes of p(x | codes) p(codes)  >=  p(x | codes) p(codes),  for any codes,
-  as all terms of the sum are positive. So with the codes that the encoder chooses
+  The decoder defines p(x | codes), the prior p(codes). Any of the 64^49 grids of codes could have
+  produced an image:
+      p(x) = sum over all codes of p(x | codes) p(codes)  >=  p(x | codes) p(codes)  for any codes,
+  as no term of the sum is negative. So with the codes that the encoder chooses
       log p(x) >= log p(x | codes) + log p(codes) = -(recon + prior) = -neg_elbo,
-  where recon = -sum_i log p(x_i | codes), with p(x_i = 1 | codes) = sigmoid(logits_i) for each
-  pixel. What is minimised has three more terms, which are no part of the bound (sg, stop gradient,
-  treats its argument as a constant; |.|^2 sums over all positions):
+      recon = -sum_i log p(x_i | codes)   with p(x_i = 1 | codes) = sigmoid(logits_i) for pixel i,
+      prior = -sum_i log p(codes_i | codes_<i)   for position i.
+  What is minimised has three more terms, which are not part of the bound. (sg, stop gradient,
+  treats its argument as a constant; |.|^2 sums over all positions.)
       loss = recon + |sg(z_e) - z_q|^2 + beta |z_e - sg(z_q)|^2 + prior + rate_weight * rate
   recon trains the decoder and the encoder. The choice of the nearest vector has no useful gradient,
-  so the gradient of recon with respect to z_q is handed to z_e unchanged (straight-through): a good
-  approximation as long as the two are close, which is what the commitment is for.
+  so the gradient of recon with respect to z_q is handed to z_e unchanged (straight-through). That
+  is a good approximation as long as the two are close, which is what the commitment is for.
   |sg(z_e) - z_q|^2 trains the codebook: each vector moves towards the mean of the z_e that chose
   it.
-  |z_e - sg(z_q)|^2, the commitment, trains the encoder to stay near the codes that it chooses.
-  prior = -sum_i log p(codes_i | codes_<i) trains the transformer alone, as no gradient leads from
-  the codes to the encoder.
-  rate is to give the encoder such a gradient (but for what a code means to later ones). Without it,
-  the encoder would use whatever codes rebuild the image best, however hard they are to predict: up
-  to some 49 log 64 = 204 nats. Imagine that code k, of the vector e_k, were chosen with a
-  probability that falls with its distance. The mean cost of position i would be
-      rate_i = -sum_k softmax_k(-|z_e - sg(e_k)|^2) sg(log p(k | codes_<i)),   rate = sum_i rate_i,
-  which has a gradient with respect to z_e, and moves it towards codes that the prior expects.
-  Restarts. A vector that is never the nearest gets no gradient and stays useless. So one that is
-  hardly ever used is moved to one of the z_e of the batch. At the start all codes are placed in
-  this way.
+  |z_e - sg(z_q)|^2, the commitment, trains the encoder to stay near the vectors that it chooses.
+  prior trains the transformer alone, as no gradient leads from the codes to the encoder.
+  rate gives the encoder such a gradient. Without it, the encoder would use whatever codes rebuild
+  the image best, however hard they are to predict: up to 49 log 64 = 204 nats. Imagine that code k,
+  with vector e_k, were chosen at random, with a probability that falls with the distance from z_e_i
+  to e_k. The mean cost of position i would be
+      rate_i = -sum_k softmax_k(-|z_e_i - sg(e_k)|^2) sg(log p(k | codes_<i)),  rate = sum_i rate_i.
+  Its gradient moves z_e towards codes that the prior expects, wherever two vectors are about
+  equally near. (It ignores how a code affects the prediction of the codes after it.)
+  Restarts. A vector that is never the nearest gets no gradient and stays useless. So a vector that
+  is hardly ever used is moved onto one of the z_e of the batch. At the start, all vectors are
+  placed in this way.
   Sampling. 49 steps of the transformer, with a cache of keys and values, then one pass of the
-  decoder. What is shown are the probabilities of the pixels.
-  Labels. With --class-cond, an embedding of the label is added to every token of the transformer,
-  and that of "no label" for one training image in ten. Sampling may exaggerate what the label adds
-  (guidance):
-      logits <- logits(no label) + guidance (logits(label) - logits(no label)),  guidance > 1
+  decoder. The images shown are the probabilities of the pixels.
+  Labels. With --class-cond, an embedding of the label is added to every token of the transformer.
+  One training image in ten gets the embedding of "no label" instead. With guidance > 1, sample()
+  exaggerates what the label adds:
+      logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
-  x (B, 1, 28, 28): loss takes grey levels in [0, 1], the networks see binary pixels: a grey level
-  of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
+  x (B, 1, 28, 28): loss() takes grey levels in [0, 1], but the networks see binary pixels. A grey
+  level of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
   binarisation). z_e, z_q (B, 49, code_dim); codes (B, 49), integers. size: a multiple of 4, as the
-  grid of
-  codes has a quarter of the image's side.
+  grid of codes has size / 4 positions per side.
 
 What to expect
-  recon, prior and neg_elbo in nats per image: summed over pixels or codes, averaged over images.
-  commit: the squared distance |z_e - z_q|^2 of an image. perplexity: how many codes are in use, in
-  effect: exp(entropy) of their shares in a batch, 64 if all are used equally often, 1 if only one
-  is. If the perplexity falls below 10, the codebook has collapsed. A slow growth of commit is
-  normal.
+  recon, prior and neg_elbo are in nats per image: summed over pixels or codes, averaged over
+  images. commit is the squared distance |z_e - z_q|^2 of an image; a slow growth is normal.
+  perplexity is the effective number of codes in use, exp of the entropy of their shares in a batch:
+  64 if all are used equally often, 1 if only one is. Below about 10, most of the codebook is
+  unused.
 """
 
 import argparse
@@ -106,13 +108,14 @@ class Block(nn.Module):
     def forward(self, x, cache=None, i=0):
         """x (B, T, n_embd) -> the same shape; each token attends to itself and to those before it.
 
-        With a cache (2, B, n_head, all tokens, head size), of the keys and values of the tokens
-        before i, x is token i alone (T = 1), and its key and value are added to the cache.
+        With a cache (2, B, n_head, all tokens, head size), which holds the keys and values of the
+        tokens before i, x is token i alone (T = 1), whose key and value are added to the cache.
         """
         qkv = self.qkv(F.layer_norm(x, x.shape[-1:])).unflatten(2, (3, self.n_head, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head size) each
         q = F.layer_norm(q, q.shape[-1:])
         k = F.layer_norm(k, k.shape[-1:])
+        # h = sum_j softmax_j(q_i k_j / sqrt(head size)) v_j, over j <= i
         if cache is None:
             h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -194,13 +197,13 @@ class VQVAE(nn.Module):
             conv3x3(channels, 4),
             nn.PixelShuffle(2),  # -> (B, 1, 28, 28)
         )
-        # Added to the encoder's output, which it dwarfs at first: then the code depends on hardly
-        # more than the position, and all codes are in use from the start. The more the encoder's
-        # output grows, the more the image decides.
+        # Added to the encoder's output, which it dwarfs at first. So the code then depends almost
+        # only on the position, and all codes are used from the start. As the encoder's output
+        # grows, the image takes over.
         self.offset = nn.Parameter(10 * torch.randn(self.side**2, code_dim))
         self.codebook = nn.Parameter(torch.zeros(n_codes, code_dim))  # the first batch will fill it
-        # How often each code is used, where 1 is the average. It starts so low that the first
-        # restart finds all codes dead, and places them.
+        # How often each vector is used, where 1 is the average. It starts so low that the first
+        # restart finds all vectors dead, and places them.
         self.register_buffer("usage", torch.full((n_codes,), -float(n_codes)))
         self.label = nn.Embedding(n_classes + 1, n_embd)  # the last entry is "no label"
         nn.init.zeros_(self.label.weight)
@@ -216,7 +219,7 @@ class VQVAE(nn.Module):
         return self.label(y)
 
     def encode(self, x):
-        """x (B, 1, H, W) in {0, 1} -> z_e (B, 49, code_dim), each of mean 0, variance 1."""
+        """x (B, 1, H, W) in {0, 1} -> z_e (B, 49, code_dim), each of mean 0 and variance 1."""
         z_e = self.encoder(2 * x - 1).flatten(2).transpose(1, 2) + self.offset
         return F.layer_norm(z_e, z_e.shape[-1:])
 
@@ -229,24 +232,25 @@ class VQVAE(nn.Module):
         return self.decoder(z_q.transpose(1, 2).unflatten(2, (self.side, self.side))).float()
 
     def usage_of(self, codes):
-        """codes (B, 49) -> the share of each code (n_codes,). (bincount would wait for a GPU.)"""
+        """codes (B, 49) -> the share of each code (n_codes,). (bincount would wait for the GPU.)"""
         return codes.float().histc(self.n_codes, 0, self.n_codes) / codes.numel()
 
     @torch.no_grad()
     def restart(self, z_e):
-        """Change the codebook: move each code that is hardly used to one of the z_e (B, 49, D)."""
+        """Move each vector of the codebook that is hardly used to one of z_e (B, 49, code_dim)."""
         codes = self.distance(z_e).argmin(2)
-        # a running average, in which an unused code falls from 1 to 0.02 in some 390 batches
+        # a running average: an unused vector falls from 1 to 0.02 in about 390 batches
         self.usage.lerp_(self.usage_of(codes) * self.n_codes, 0.01)
         dead = self.usage < 0.02  # (n_codes,)
         z_e = z_e.flatten(0, 1)  # (49 B, code_dim)
-        # one for each code, dead or not: counting the dead ones would make the CPU wait for a GPU
+        # one for each vector, dead or not: counting the dead would make the CPU wait for the GPU
         candidates = z_e[torch.randint(len(z_e), dead.shape, device=dead.device)]
         self.codebook.copy_(torch.where(dead[:, None], candidates, self.codebook))
         self.usage.masked_fill_(dead, 1)
 
     def tokens(self, codes, y, start, end):
-        """Tokens start to end - 1 (B, end - start, n_embd): of the code before, and the place."""
+        """Tokens start to end - 1 (B, end - start, n_embd), each from the previous code, its
+        position and y."""
         # moved right by one: "no code yet" comes first, the last code drops out
         before = F.pad(codes, (1, -1), value=self.n_codes)[:, start:end]
         return self.token(before) + self.pos_emb[start:end] + self.embed(codes, y)[:, None]
@@ -275,7 +279,7 @@ class VQVAE(nn.Module):
         """x in {0, 1} -> z_e (B, 49, code_dim), codes (B, 49), squared distances of each z_e to all
         codes (B, 49, n_codes), logits of x, logits of the codes by the prior.
 
-        In training it restarts codes that are hardly used, which changes the codebook.
+        In training it first restarts vectors that are hardly used, which changes the codebook.
         """
         z_e = self.encode(x)
         if self.training:
@@ -286,8 +290,8 @@ class VQVAE(nn.Module):
         return z_e, codes, distance, self.decode(z), self.prior(codes, y)
 
     def hidden_weights(self):
-        """What Muon trains: the matrices in the prior's blocks, and the convolutions of encoder and
-        decoder that have as many channels before as after."""
+        """The weights that Muon trains: the matrices in the prior's blocks, and the convolutions of
+        encoder and decoder with as many input as output channels."""
         convolutions = []
         for layer in [*self.encoder, *self.decoder]:
             if isinstance(layer, nn.Conv2d) and layer.in_channels == layer.out_channels:
@@ -303,10 +307,10 @@ class VQVAE(nn.Module):
         z_e, codes, distance, logits, code_logits = self(x, y)
         # recon = -log p(x | codes)
         recon = F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
-        # the same as codebook[codes], whose gradient is a sum in another order each time on a CPU
+        # like codebook[codes], but with a gradient that is the same in each run, also on a CPU
         z_q = F.embedding(codes, self.codebook)  # (B, 49, code_dim)
         # codebook = |sg(z_e) - z_q|^2, commit = |z_e - sg(z_q)|^2, where sg stops the gradient:
-        # equal in value, but the one moves the codes, and the other moves the encoder
+        # equal in value, but one moves the vectors, the other moves the encoder
         codebook = (z_e.detach() - z_q).square().sum() / len(x)
         commit = (z_e - z_q.detach()).square().sum() / len(x)
         # prior = -sum_i log p(codes_i | codes_<i)
@@ -325,7 +329,7 @@ class VQVAE(nn.Module):
         """Draw codes from the prior -> n images (n, 1, H, W) of the probabilities they decode to.
 
         y:        (n,) labels, or None
-        top:      (n, h) the first h codes, or None to draw them as well
+        top:      (n, k) the first k codes, or None to draw them as well
         guidance: 0 ignores y, 1 draws from p(codes | y), above 1 exaggerates what y adds
         """
         codes = torch.zeros(n, self.side**2, dtype=torch.int64, device=self.label.weight.device)
@@ -338,7 +342,7 @@ class VQVAE(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.side**2):
-            # run for given codes, too: that fills the cache, which later codes read
+            # run for given codes, too: later codes need what it adds to the cache
             logits = self.logits_at(codes, y, i, cache)  # (n, n_codes)
             if guided:
                 uncond = self.logits_at(codes, None, i, uncond_cache)
@@ -405,8 +409,8 @@ class VQVAE(nn.Module):
 
 
 # ---------------------------------------------------------------- train
-# The same text in all ten scripts, but for these constants and, in gan.py, the optimizers and
-# train_step. The heart of it is train_step.
+# The same text in all ten scripts, except for these constants and, in gan.py, make_optimizers and
+# train_step. Start reading at train_step.
 NAME = "vqvae"  # of this script, its folder in out/, and the origin of its checkpoints
 Model = VQVAE
 EPOCHS = 20
@@ -415,9 +419,9 @@ LR = 1e-2
 
 
 def learning_rate(step, total_steps, peak):
-    """Rises to the peak over the first 2 % of the steps, then falls linearly towards 0.
+    """The rate at a step: it rises to the peak over the first 2 %, then falls linearly to 0.
 
-    step: from 1 to total_steps; the rate would reach 0 at total_steps + 1
+    step: from 1 to total_steps; 0 would be reached at total_steps + 1
     """
     warmup = max(1, round(0.02 * total_steps))
     if step <= warmup:
@@ -434,34 +438,37 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, weights):
-        groups = {}  # of weights of the same shape: few large operations instead of many small ones
+        # one group for all weights of a shape: a few large operations instead of many small ones
+        groups_by_shape = {}
         for weight in weights:
-            groups.setdefault(weight.shape, []).append(weight)
-        super().__init__([{"params": group} for group in groups.values()], {"lr": 0.0})
+            groups_by_shape.setdefault(weight.shape, []).append(weight)
+        param_groups = [{"params": group} for group in groups_by_shape.values()]
+        super().__init__(param_groups, defaults={"lr": 0.0})  # train_epoch sets the rate
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             weights = group["params"]
             grads = torch.stack([weight.grad for weight in weights]).flatten(2)  # (K, M, N)
-            state = self.state[weights[0]]
+            state = self.state[weights[0]]  # the first weight keeps the state of its whole group
             if not state:
                 state["mean"] = torch.zeros_like(grads)
-            state["mean"].lerp_(grads, 0.05)  # mean <- 0.95 mean + 0.05 grads
-            # Nesterov's momentum: for the update, the newest gradient is mixed in once more
-            updates = orthogonalise(grads.lerp(state["mean"], 0.95))
+            mean = state["mean"]
+            mean.lerp_(grads, 0.05)  # mean <- 0.95 mean + 0.05 grads
+            nesterov = grads.lerp(mean, 0.95)  # 0.95 mean + 0.05 grads, once more
+            updates = orthogonalise(nesterov)
             for weight, update in zip(weights, updates):
                 weight.sub_(update.reshape(weight.shape), alpha=group["lr"])
 
 
 def orthogonalise(x):
-    """Matrices x (K, M, N), each U S V^T (its singular value decomposition) -> about U V^T, scaled.
+    """Replace each matrix U S V^T (its singular value decomposition) in x (K, M, N) by about U V^T.
 
-    The iteration X <- a X + b (X X^T) X + c (X X^T)^2 X leaves U and V as they are, and turns each
-    singular value s into a s + b s^3 + c s^5. With the a, b and c below, five of these steps turn
-    any s from 0.002 to 1 into one from 0.68 to 1.2, which takes far less time than to compute U, S
-    and V. The result is scaled to a root mean square of about 0.2, that of AdamW's updates, so that
-    one learning rate suits both (arXiv:2502.16982).
+    The iteration X <- a X + b (X X^T) X + c (X X^T)^2 X keeps U and V, and turns each singular
+    value s into a s + b s^3 + c s^5. With the a, b and c below, five steps turn any s between 0.002
+    and 1 into one between 0.68 and 1.2, in far less time than computing U, S and V would take. The
+    result is scaled to a root mean square of about 0.2, like AdamW's updates, so that one learning
+    rate suits both (arXiv:2502.16982).
     """
     scale = 0.2 * max(x.shape[1:]) ** 0.5
     is_tall = x.shape[1] > x.shape[2]
@@ -473,7 +480,7 @@ def orthogonalise(x):
     c = 2.0315
     for _ in range(5):
         xxt = x @ x.mT
-        x = a * x + (b * xxt + c * xxt @ xxt) @ x
+        x = a * x + (b * xxt + (c * xxt) @ xxt) @ x
     if is_tall:
         x = x.mT
     return scale * x
@@ -485,7 +492,8 @@ def make_optimizers(model):
     train_epoch sets the learning rate of both.
     """
     hidden = model.hidden_weights()
-    others = [weight for weight in model.parameters() if not any(weight is h for h in hidden)]
+    hidden_ids = {id(weight) for weight in hidden}
+    others = [weight for weight in model.parameters() if id(weight) not in hidden_ids]
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     optimizers = [adamw]
     if hidden:
@@ -500,8 +508,8 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # If the gradient has a norm above 1, scale it down to 1. Where the loss is in nats, a sum over
-    # pixels, the norm is far above 1, so that all steps count equally in the running means.
+    # If the gradient has a norm above 1, scale it down to 1. A loss that is a sum over pixels has a
+    # norm far above 1: then all steps have norm 1, and none dominates the optimizers' means.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -526,17 +534,18 @@ def update_ema(ema, model, step):
 def train_epoch(epoch, args, model, ema, optimizers, images, labels):
     """Update model and ema on all uint8 images (N, 1, H, W), labels (N,) or None, in random order.
 
-    Returns the mean loss and the seconds that it took. The images that do not fill a last batch
-    are left out.
+    Returns the mean loss and the seconds taken. The images that do not fill a last batch are left
+    out.
     """
     set_seed(args.seed, epoch)  # the same order and noise, whether the run was resumed or not
     order = torch.randperm(len(images)).to(images.device)
     steps = len(images) // args.batch_size
     total_steps = args.epochs * steps
     autocast = bfloat16_autocast(args.device)
-    is_terminal = os.isatty(1)
+    is_terminal = os.isatty(1)  # 1 is standard output
     loss_sum = 0
-    start = shown = time.time()
+    start = time.time()
+    last_shown = start
     for i in range(steps):
         step = (epoch - 1) * steps + i + 1  # counted from the first epoch
         for optimizer in optimizers:
@@ -551,12 +560,14 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
         loss_sum += loss
 
         # on a terminal, at most once a second, because reading the loss waits for the GPU
-        if is_terminal and time.time() > shown + 1:
-            shown = time.time()
-            seconds_per_step = (shown - start) / (i + 1)
+        if is_terminal and time.time() > last_shown + 1:
+            loss_now = float(loss)
+            last_shown = time.time()
+            seconds_per_step = (last_shown - start) / (i + 1)
             speed = args.batch_size / seconds_per_step
             seconds_left = seconds_per_step * (total_steps - step)
-            line = f"step {step}/{total_steps} | loss {loss:.4g} | {speed:,.0f} img/s"
+            line = f"step {step}/{total_steps} | loss {loss_now:.4g} | {speed:,.0f} img/s"
+            # spaces at the end: they overwrite the rest of a longer line
             print(f"{line} | {seconds_left:.0f} s left  ", end="\r", flush=True)
     mean_loss = float(loss_sum) / steps  # waits until a GPU has done the last step
     return mean_loss, time.time() - start
@@ -565,9 +576,9 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
 def evaluate(loss_fn, images, autocast, batch_size=500):
     """Mean of each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: number}.
 
-    It gives no labels, so that runs with and without labels can be compared, and seeds each batch,
-    so that every call sees the same noise. There is no torch.no_grad(), as the loss of gan.py takes
-    a gradient; the weights of ema have requires_grad False, so no graph is kept anyway.
+    loss_fn gets no labels, so that runs with and without labels can be compared. Each batch is
+    seeded, so that every call sees the same noise. There is no torch.no_grad() here, because the
+    loss of gan.py computes a gradient; the weights of ema need none, so no graph is kept.
     """
     means = {}
     for i, batch in enumerate(images.split(batch_size)):
@@ -580,7 +591,9 @@ def evaluate(loss_fn, images, autocast, batch_size=500):
 
 
 def draw_samples(model, n, args, chunk=500):
-    """Draw n images (n, 1, H, W) in [0, 1], always the same for a seed; with labels 0, 1, 2, ...
+    """Draw n images (n, 1, H, W) in [0, 1], the same each time for the same seed and n.
+
+    If the model has labels, they are 0, 1, 2, ... in turn.
 
     chunk: images drawn at a time, to limit memory
     """
@@ -594,12 +607,13 @@ def draw_samples(model, n, args, chunk=500):
 
 
 def set_seed(seed, epoch=0):
-    """Seed torch for an epoch from 1 on; epoch 0 is for the initial weights, and for sampling."""
+    """Seed torch for an epoch from 1 on; epoch 0 is for the initial weights and for sampling."""
+    # a large prime keeps apart the epochs of two seeds; torch takes no negative numbers
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
 def bfloat16_autocast(device):
-    """The context that runs convolutions and products in bfloat16, where the hardware can."""
+    """A context in which convolutions and matrix products run in bfloat16, if the hardware can."""
     supported = False
     if device == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -609,7 +623,7 @@ def bfloat16_autocast(device):
 
 
 def make_checkpoint(args, config, model, ema, optimizers, log):
-    """All that it takes to draw samples (config and model), and to continue the training."""
+    """Everything needed to draw samples (config and model) and to continue the training."""
     settings = ("epochs", "batch_size", "lr", "seed", "dataset")
     return {
         "script": NAME,
@@ -645,13 +659,17 @@ def load_checkpoint(path, resume):
     try:
         checkpoint = torch.load(path, "cpu", weights_only=True)
         if checkpoint.get("script", NAME) != NAME:
-            raise ValueError(f"it is of {checkpoint['script']}.py")
+            raise ValueError(f"it was written by {checkpoint['script']}.py")
         model = Model(**checkpoint["config"])
         model.load_state_dict(checkpoint["model"])  # raises an error if they do not fit
-        # a config made by hand may leave these to the model's defaults
-        checkpoint["config"].update(size=model.size, n_classes=model.n_classes)
+        # a config made by hand may leave sizes to their defaults
+        sizes = {**size_defaults(), "size": model.size, "n_classes": model.n_classes}
+        checkpoint["config"] = {**sizes, **checkpoint["config"]}
     except Exception as error:  # a missing, damaged or foreign file can raise anything
-        fail(f"cannot load {path}: {' '.join(str(error).split()) or type(error).__name__}")
+        reason = " ".join(str(error).split())  # in one line
+        if not reason:
+            reason = type(error).__name__
+        fail(f"cannot load {path}: {reason}")
     missing = {"settings", "model_in_training", "optimizers", "log"} - checkpoint.keys()
     if resume and missing:
         fail(f"cannot resume from {path}: it has no {', '.join(sorted(missing))}")
@@ -669,13 +687,13 @@ def to_flag(name):
 
 
 def size_defaults():
-    """{name: default} of the model's sizes, but for two that follow from the data."""
+    """{name: default} of the model's sizes, except size and n_classes, which the data decide."""
     parameters = inspect.signature(Model).parameters.values()
     return {p.name: p.default for p in parameters if p.name not in ("size", "n_classes")}
 
 
 def make_parser():
-    """All flags: the same ones in each script, and then the sizes of its model."""
+    """The flags: first those that all ten scripts share, then the sizes of this model."""
     devices = ["cpu"]
     if torch.backends.mps.is_available():
         devices.append("mps")
@@ -691,19 +709,25 @@ def make_parser():
     add("--epochs", type=int, default=EPOCHS, help="passes over the images (default %(default)s)")
     add("--batch-size", type=int, default=BATCH_SIZE, help="images per step (default %(default)s)")
     add("--lr", type=float, default=LR, help="peak learning rate (default %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, order and noise (default %(default)s)")
+    add("--seed", type=int, default=0, help="of all random numbers (default %(default)s)")
     add("--device", choices=devices, default=device, help="where to compute (default %(default)s)")
-    add("--dataset", choices=datasets, default="MNIST", help="(default %(default)s)")
+    add("--dataset", choices=datasets, default="MNIST", help="(default MNIST)")
     add("--data-dir", type=Path, help="folder of the data sets (default: data, beside common.py)")
-    add("--out-dir", type=Path, default=Path("out", NAME), help="for output (default %(default)s)")
+    add("--out-dir", type=Path, default=Path("out", NAME), help="of this run (default %(default)s)")
     add("--class-cond", action="store_true", help="learn labels; grids have a column per class")
-    add("--compile", action="store_true", help="torch.compile: a slow start, then faster steps")
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile the network: a slow start, but it may pay",
+    )
     add("--dry-run", action="store_true", help="only two batches per epoch; overwrites OUT_DIR-dry")
-    add("--tensorboard", action="store_true", help="log figures and samples into OUT_DIR, too")
+    add("--tensorboard", action="store_true", help="also log for TensorBoard, into OUT_DIR")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="continue the run in OUT_DIR")
-    mode.add_argument("--sample", type=int, metavar="N", help="only draw N images from that run")
-    sizes = parser.add_argument_group("sizes of the model", Model.__doc__)  # which explains them
+    mode.add_argument(
+        "--sample", type=int, metavar="N", help="draw N images from the run in OUT_DIR"
+    )
+    sizes = parser.add_argument_group("sizes of the model", Model.__doc__)
     for name, value in size_defaults().items():
         sizes.add_argument(
             to_flag(name), type=type(value), default=value, help=f"(default {value})"
@@ -714,15 +738,17 @@ def make_parser():
 def parse_args(argv):
     """The settings in the list argv (None: of the command line), and a checkpoint or None.
 
-    --resume and --sample load the checkpoint of a run. What it was made with takes the place of
-    the defaults, and a flag that says otherwise is refused.
+    --resume and --sample load the checkpoint of a run. The run's own settings replace the
+    defaults, and a flag that contradicts them is refused, unless it may change.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
     for name in ("epochs", "batch_size", "lr", "sample"):
         value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            parser.error(f"{to_flag(name)} must be a finite number above 0")
+        if value is None:  # no --sample
+            continue
+        if value <= 0 or not math.isfinite(value):
+            parser.error(f"{to_flag(name)} must be positive and finite")
     out_dir = args.out_dir.expanduser()
     if args.dry_run:
         out_dir = Path(f"{out_dir}-dry")
@@ -730,18 +756,19 @@ def parse_args(argv):
     checkpoint = None
     if args.resume or args.sample:
         checkpoint = load_checkpoint(out_dir / "model.pt", args.resume)
-        made_with = {**checkpoint.get("settings", {}), **checkpoint["config"]}
-        made_with["class_cond"] = made_with.pop("n_classes") > 0
-        made_with.pop("size")
-        # parse again, with the run's settings as defaults: any value that differs now is a flag's
-        parser.set_defaults(**made_with)
+        run_settings = {**checkpoint.get("settings", {}), **checkpoint["config"]}
+        del run_settings["size"]
+        n_classes = run_settings.pop("n_classes")
+        run_settings["class_cond"] = n_classes > 0
+        # Parse again with these as defaults: a value that still differs was given by a flag.
+        parser.set_defaults(**run_settings)
         args = parser.parse_args(argv)
         may_differ = ["epochs", "lr"]
         if args.sample:
             may_differ += ["batch_size", "seed"]
-        for name, value in made_with.items():
+        for name, value in run_settings.items():
             if getattr(args, name) != value and name not in may_differ:
-                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}: {value} there")
+                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}, which has {value}")
     args.out_dir = out_dir
     return args, checkpoint
 
@@ -758,6 +785,54 @@ def sample_only(args, checkpoint):
     print(f"wrote samples.npy and samples.png into {args.out_dir}")
 
 
+def load_images(args):
+    """-> uint8 images (N, 1, H, W) to train on, their labels (N,) or None, and test images."""
+    from common import load_mnist  # here, so that the model can be imported without common.py
+
+    train_x, train_y, test_x, _ = load_mnist(args.data_dir, args.dataset, args.device)
+    if args.dry_run:
+        limit = 2 * args.batch_size
+        train_x = train_x[:limit]
+        train_y = train_y[:limit]
+        test_x = test_x[:limit]
+    if args.batch_size > len(train_x):
+        fail(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
+    labels = train_y if args.class_cond else None
+    return train_x, labels, test_x
+
+
+def set_up(args, config, checkpoint):
+    """-> model, ema, optimizers, new or as they are in the checkpoint.
+
+    model is in training; ema is the running average of its weights, for tests and samples.
+    """
+    set_seed(args.seed)
+    try:
+        model = Model(**config).to(args.device, memory_format=torch.channels_last)
+    except ValueError as error:  # sizes that the model cannot have
+        fail(error)
+    ema = Model(**config).to(args.device, memory_format=torch.channels_last)
+    ema.load_state_dict(model.state_dict())
+    ema.eval().requires_grad_(False)
+    optimizers = make_optimizers(model)
+    if checkpoint is not None:
+        model.load_state_dict(checkpoint["model_in_training"])
+        ema.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+    if args.compile:
+        model.compile()  # its forward: the network (in gan.py, the generator)
+    return model, ema, optimizers
+
+
+def write_log(log, path):
+    """Write the figures of all epochs, a dictionary for each, as a CSV file with a header."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=log[0].keys())
+        writer.writeheader()
+        writer.writerows(log)
+
+
 def main(argv=None):
     """Train, or with --sample only draw; argv: a list of flags, or None for the command line."""
     args, checkpoint = parse_args(argv)
@@ -765,86 +840,56 @@ def main(argv=None):
         sample_only(args, checkpoint)
         return
 
-    # in another project: your own images instead of load_mnist, and your own way to save them
-    from common import load_mnist, save_images
+    # in another project: your own images instead of load_images, and your own way to save them
+    from common import save_images
 
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-    train_x, train_y, test_x, _ = load_mnist(args.data_dir, args.dataset, args.device)
-    n_samples = 100
-    if args.dry_run:
-        n_samples = 4
-        limit = 2 * args.batch_size
-        train_x, train_y, test_x = train_x[:limit], train_y[:limit], test_x[:limit]
-    labels = train_y if args.class_cond else None
-    steps = len(train_x) // args.batch_size
-    if steps == 0:
-        fail(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
-
-    # the model in training, and ema, the average of its weights, which is tested and drawn from
+    train_x, labels, test_x = load_images(args)
     if checkpoint is None:
         config = {name: getattr(args, name) for name in size_defaults()}
         config["size"] = train_x.shape[-1]
         config["n_classes"] = 10 if args.class_cond else 0
+        log = []  # of each epoch, its figures
     else:
         config = checkpoint["config"]
-    set_seed(args.seed)
-    try:
-        model = Model(**config).to(args.device, memory_format=torch.channels_last)
-    except ValueError as error:  # sizes that it cannot have
-        fail(error)
-    ema = Model(**config).to(args.device, memory_format=torch.channels_last)
-    ema.load_state_dict(model.state_dict())
-    ema.eval().requires_grad_(False)
-    optimizers = make_optimizers(model)
-    log = []
-    if checkpoint is not None:
-        model.load_state_dict(checkpoint["model_in_training"])
-        ema.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
         log = checkpoint["log"]
     if len(log) > args.epochs:
         fail(f"--epochs {args.epochs}: the run in {args.out_dir} has had {len(log)} epochs already")
-    if args.compile:
-        model.compile()  # its forward: the network (in gan.py, the generator)
+    model, ema, optimizers = set_up(args, config, checkpoint)
 
-    # Save before the first step: a disk that cannot be written to is noticed now, not after an
-    # hour, and --resume works wherever the run is stopped. (It saves what it has loaded.)
+    # Save before the first step: then a disk that cannot be written to is noticed now and not after
+    # an hour, and --resume works wherever the run is stopped.
     args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / "model.pt"
     is_new = checkpoint is None and not args.dry_run
-    if checkpoint is None:
-        checkpoint = make_checkpoint(args, config, model, ema, optimizers, log)
     try:
-        save_checkpoint(checkpoint, path, is_new)
+        save_checkpoint(make_checkpoint(args, config, model, ema, optimizers, log), path, is_new)
     except FileExistsError:
         fail(f"{args.out_dir} holds a run: --resume it, choose another --out-dir, or delete it")
     if args.tensorboard:
         board = SummaryWriter(args.out_dir)
+    steps = len(train_x) // args.batch_size
     plan = f"{args.epochs} epochs of {steps} steps on {args.device}, {len(log)} done"
     print(f"{args.out_dir}: {plan}; if interrupted, continue with --resume", flush=True)
 
     for epoch in range(len(log) + 1, args.epochs + 1):
         train_loss, seconds = train_epoch(epoch, args, model, ema, optimizers, train_x, labels)
-        test = evaluate(ema.loss, test_x, bfloat16_autocast(args.device))
-        row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **test}
+        metrics = evaluate(ema.loss, test_x, bfloat16_autocast(args.device))
+        row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **metrics}
         if not all(math.isfinite(value) for value in row.values()):
             fail(f"the loss of epoch {epoch} is not finite: --resume with a smaller --lr")
-        samples = draw_samples(ema, n_samples, args)
+        samples = draw_samples(ema, 4 if args.dry_run else 100, args)
         if not samples.isfinite().all():
             fail(f"the samples of epoch {epoch} are not finite: --resume with a smaller --lr")
 
         log.append(row)
         save_images(samples, args.out_dir / f"samples_{epoch:04d}.png")
         save_images(samples, args.out_dir / "samples.png")
+        write_log(log, args.out_dir / "log.csv")
         save_checkpoint(make_checkpoint(args, config, model, ema, optimizers, log), path)
-        with open(args.out_dir / "log.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=row.keys())
-            writer.writeheader()
-            writer.writerows(log)
 
-        figures = " ".join(f"{name} {value:.4g}" for name, value in test.items())
+        figures = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         speed = steps * args.batch_size / seconds
         print(
             f"epoch {epoch:3}/{args.epochs} | train loss {train_loss:.4g} | test {figures} | "
@@ -870,6 +915,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except ModuleNotFoundError as error:
-        fail(f"{error}: common.py has to lie beside this script, and pip installs the rest")
+        fail(f"{error}: common.py belongs beside this script; pip installs other packages")
     except OSError as error:
         fail(error)
