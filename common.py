@@ -1,7 +1,7 @@
 """Loading data and saving pictures, for all ten scripts.
 
 train_x, train_y, test_x, test_y = load_mnist()    # uint8 images (N, 1, 28, 28), int64 labels (N,)
-save_images(images, "out/grid.png")                # a grid; .gif an animation; .npy the numbers
+save_images(images, "out/grid.png")                # .png a grid, .gif an animation, .npy an array
 """
 
 import gzip
@@ -39,10 +39,10 @@ UNPACKED_MD5 = {
 
 
 def load_mnist(data_dir=None, dataset="MNIST", device="cpu"):
-    """Load all 70,000 images as four tensors on one device; files that are missing are downloaded.
+    """Load all 70,000 images as four tensors on one device; missing files are downloaded.
 
     The four .gz files in data_dir/dataset/raw are read directly and checked by md5 every time. The
-    unpacked copies that torchvision makes beside them carry no checksum, so they are never used.
+    unpacked copies that torchvision makes beside them have no checksum, and are ignored.
 
     data_dir: folder that holds dataset/raw; None: the folder data beside this file
     dataset:  MNIST, FashionMNIST or KMNIST (names, md5 sums and mirrors are torchvision's)
@@ -62,7 +62,7 @@ def load_mnist(data_dir=None, dataset="MNIST", device="cpu"):
         unpacked_md5 = UNPACKED_MD5.get(dataset, {}).get(name)  # None for KMNIST
         data = np.frombuffer(_unpack(path, md5, unpacked_md5), np.uint8)
         if "images" in name:
-            data = data[16:].reshape(-1, 1, 28, 28)  # after a header of 16 bytes
+            data = data[16:].reshape(-1, 1, 28, 28)  # skip the header of 16 bytes
         else:
             data = data[8:].astype(np.int64)
         tensors.append(torch.tensor(data, device=device))
@@ -86,13 +86,13 @@ def _unpack(path, md5, unpacked_md5):
 
 
 def _download(mirrors, path, md5):
-    """The bytes of the file that is missing at path, from the first mirror that has them."""
+    """Download the file that is missing at path, from the first mirror that has it -> its bytes."""
     reasons = []
     for mirror in mirrors:
         try:
             data = _fetch(mirror + path.name)
         except (OSError, HTTPException) as error:
-            reason = " ".join(str(error).split())  # in one line
+            reason = " ".join(str(error).split())  # on one line
             if not reason:
                 reason = type(error).__name__
             reasons.append(reason)
@@ -107,14 +107,14 @@ def _download(mirrors, path, md5):
 
 
 def _fetch(url):
-    """The bytes at a web address; OSError if there is no answer for 30 seconds."""
+    """The bytes at a web address; it raises OSError if there is no answer for 30 seconds."""
     request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
     with urllib.request.urlopen(request, timeout=30) as response:
         return response.read()
 
 
 def _write(path, data):
-    """Write bytes to path in one step; its folder is created."""
+    """Write bytes to path atomically; its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")  # unique: others may write, too
     try:
@@ -125,14 +125,14 @@ def _write(path, data):
 
 
 def save_images(images, path):
-    """Write images in [0, 1], in the format that the suffix of path names.
+    """Write images in [0, 1]; the suffix of path chooses the format.
 
-    .png  (N, 1, H, W): a grid of ten columns
-    .gif  (T, N, 1, H, W): such grids, one after another, in 16 greys; it loops, rests on its last
-          frame, and shows all T frames or, to stay below 1 MB, every second, third, ... one
-    .npy  (N, 1, H, W): the numbers, uint8 (N, H, W) in 0..255
+    .png  (N, 1, H, W): a grid, ten images per row
+    .gif  (T, N, 1, H, W): an animation of such grids, in 16 greys. It loops, and pauses on its last
+          frame. Only every second, third, ... frame is shown if all would exceed 1 MB
+    .npy  (N, 1, H, W): an array uint8 (N, H, W), 0 to 255
 
-    The folder is created, and a file of that name is replaced in one step.
+    The folder is created, and a file of that name is replaced atomically.
     Raises ValueError for another suffix or shape, for NaN and for values outside [0, 1]
     """
     images = images.detach().float().cpu()

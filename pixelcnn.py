@@ -10,12 +10,12 @@ each epoch (see Shapes); inner matrices trained by Muon (see the train section);
 running average of the weights (EMA).
 
 Idea
-  Take an image as a sequence of pixels, row by row, and predict each pixel from those before it
+  Treat an image as a sequence of pixels, row by row, and predict each pixel from those before it
   (made.py explains why that makes a generative model). What a stroke does next depends mostly on
   the pixels around it, and in the same way everywhere in the image. That is what a convolution
   computes, with few weights. But an ordinary convolution sees a pixel's whole neighbourhood, so a
-  prediction would see its own answer and what comes after it. PixelCNN sets the weights for these
-  to zero: the mask.
+  prediction would see its own answer and what comes after it. So PixelCNN multiplies each kernel by
+  a mask, which sets the weights for those pixels to zero.
   In training the whole image is known, so one pass makes all 784 predictions. Sampling takes 784
   steps, because pixel i has to be drawn before pixel i + 1 can be predicted.
   The price of the masks: part of what lies to the upper right of a pixel stays out of sight, the
@@ -26,52 +26,57 @@ Maths
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
   x_<i stands for pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
-  which is computed exactly (a VAE only has a bound). Each term is the binary cross-entropy of one
-  pixel. Averaged over the data, nll is the entropy of the data, which no model can change, plus
-  KL(data || model), a distance that is 0 only if the two distributions are equal and positive
-  otherwise.
+  which is computed exactly. (Not every model can do that: vae.py only has a bound.) Each term is
+  the binary cross-entropy of one pixel. Averaged over the data, nll is the entropy of the data,
+  which no model can change, plus KL(data || model), which measures how far the model is from the
+  data: 0 if the two distributions are equal, positive otherwise.
   Masks. A kernel is centred on X, the pixel to predict. The mask keeps the weights for the rows
-  above X and, in the row of X, for the pixels on its left. There are two masks, which differ in the
-  centre m, here for a kernel of 3 x 3:
+  above X and, in the row of X, for the pixels to its left. There are two masks, which differ only
+  in the centre m. For a kernel of 3 x 3:
       1 1 1     A: m = 0, in the first layer. It reads pixels, and pixel X is the answer.
       1 m 0     B: m = 1, in all other layers. They read vectors of the previous layer, and the
       0 0 0     vector at X does not depend on pixel X, because mask A has kept it out.
-  Network. The first layer, the stem, has a kernel of 7 x 7. Six residual blocks follow, x + f(x),
-  where f is cheap: a linear layer halves the vector of each pixel, a masked 5 x 5 convolution looks
-  around, and another linear layer restores the size. A last linear layer makes the logit.
+  Network. The first layer, the stem, has a kernel of 7 x 7. Six residual blocks follow, h + f(h),
+  where f is cheap: a linear layer halves the length of each pixel's vector, a masked 5 x 5
+  convolution looks around, and another linear layer restores the length. A last linear layer
+  computes the logit.
   Receptive field: the pixels that a prediction depends on. The first layer reaches 3 pixels to the
-  left and 3 rows up, each of the six others 2 more. Together that is 15 pixels and 15 rows.
-  Blind spot. In the row of X a layer reads only what is on the left, so information from the right
-  has to come from rows above: it moves left only in a step that also moves down. Such a step moves
-  it by at most 3 columns in the first layer, and by 2 in each of the others. From the row above X
-  only one such step fits, so that row is seen up to 3 columns to the right. From n rows above, n
-  steps fit (as there are 7 layers, 7 at most), which makes up to 3 + 2 (n - 1) = 2 n + 1 columns:
+  left and 3 rows up, each of the six others 2 more. Together they reach 15 pixels to the left and
+  15 rows up.
+  Blind spot. In its own row a layer reads only what is to the left. So information from the right
+  of X can travel left only in a layer that also carries it down by at least one row. Such a layer
+  carries it at most 3 columns to the left if it is the first layer, and at most 2 otherwise.
+  Information from the row above X can go down only once, so this row is seen up to 3 columns to the
+  right of X. Information from n rows above can go down in up to n layers (7 at most, as there are
+  no more), so it is seen up to 3 + 2 (n - 1) = 2 n + 1 columns to the right:
       # # # # # # # # # # # . . .     X is predicted from every #,
       # # # # # # # # # . . . . .     but from no dot. gatedcnn.py shows
-      # # # # # X                     how to see these, too.
+      # # # # # X                     how to see those, too.
   Sampling. Step i needs, in each layer, the vector at pixel i and those that the kernel reads
   around it. A cache keeps the vectors of earlier steps, so nothing is computed twice: all 784 steps
   together take about as much arithmetic as one pass. Sampling is still slow, because the steps run
   one after the other.
   Each pixel is drawn at random with its predicted probability. Always taking the likelier value
-  would give a blank image: after black pixels, black is likelier.
+  would draw the same image every time, a blank one: after black pixels, black is likelier.
   Labels. With --class-cond, an embedding of the label is added to every pixel's vector after the
-  first layer. One training image in ten gets the embedding of "no label" instead, so that one model
-  learns both p(x | y) and p(x). With guidance > 1, sample() exaggerates what the label adds:
+  first layer. One training image in ten gets that of "no label" instead, so that one model learns
+  both p(x | y) and p(x). (Without --class-cond, all images do.) With guidance > 1, sample()
+  exaggerates what the label adds:
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
-  x (B, 1, 28, 28): loss() takes grey levels in [0, 1], but the network sees binary pixels. A grey
-  level of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
-  binarisation). h (B, 28, 28, 2 * channels): a vector for each pixel, channels last, as the linear
-  layers need them.
+  x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels in [0, 1], but
+  the network sees binary pixels. A grey level of 0.7 becomes 1 with probability 0.7, drawn anew
+  each time an image is used (dynamic binarisation). h (B, 28, 28, 2 * channels): a vector for each
+  pixel, channels last, as the linear layers need them.
 
 What to expect
-  nll is in nats per image: summed over pixels, averaged over images; bpd = nll / (784 log 2) is the
-  same in bits per pixel. Probability 1/2 for every pixel costs 784 log 2 = 543 nats; predicting for
-  each pixel how often it is white in the training images, 206. No model can get below 45, the
-  entropy of the coin flips that make a test image binary. If the nll does, predictions see their
-  own pixels (a mask is wrong).
+  nll is in nats (natural logarithms) per image: summed over pixels, averaged over images. bpd (bits
+  per dimension) = nll / (784 log 2) is the same per pixel and in bits. A model that gives every
+  pixel probability 1/2 has an nll of 784 log 2 = 543; one that gives each pixel the frequency with
+  which it is white in the training images has 206. No honest model can get below 45, the entropy of
+  the coin flips that make a test image binary. If your nll falls below that, there is a leak:
+  predictions see their own pixels (check the masks).
 """
 
 import argparse
@@ -91,7 +96,7 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------- model
 class MaskedConv2d(nn.Conv2d):
-    """A k x k convolution that ignores what comes after its centre; kind "A" also the centre."""
+    """A k x k convolution that ignores what comes after its centre; kind "A", the centre, too."""
 
     def __init__(self, n_in, n_out, k, kind):
         super().__init__(n_in, n_out, (k // 2 + 1, k))  # no rows below the centre
@@ -161,11 +166,11 @@ class PixelCNN(nn.Module):
         self.row = nn.Parameter(0.02 * torch.randn(size, 1, 2 * channels))
         self.col = nn.Parameter(0.02 * torch.randn(1, size, 2 * channels))
         self.label = nn.Embedding(n_classes + 1, 2 * channels)  # the last entry is "no label"
-        nn.init.zeros_(self.label.weight)
+        nn.init.zeros_(self.label.weight)  # at first labels change nothing
         self.blocks = nn.ModuleList(Bottleneck(channels, kernel) for _ in range(n_layer))
 
     def embed(self, x, y):
-        """A vector for each label in y (B,), or for "no label" if y is None; x supplies B."""
+        """A vector for each label in y (B,), or for "no label" if y is None, with B = len(x)."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
@@ -173,7 +178,7 @@ class PixelCNN(nn.Module):
     def forward(self, x, y=None):  # x (B, 1, H, W) in {0, 1} -> logits (B, 1, H, W)
         h = self.stem(F.pad(x, (3, 3, 3, 0))).movedim(1, 3)  # (B, H, W, 2 * channels)
         pos_emb = self.row + self.col  # (H, W, 2 * channels)
-        h = h + (pos_emb + self.embed(x, y)[:, None, None]).type_as(h)  # keep bfloat16 in autocast
+        h = h + (pos_emb + self.embed(x, y)[:, None, None]).type_as(h)  # so that it stays bfloat16
         for block in self.blocks:
             h = block(h)
         return self.head(h.relu()).movedim(3, 1).float()
@@ -186,7 +191,7 @@ class PixelCNN(nn.Module):
         return self.label.weight.new_zeros(shape)
 
     def logits_at(self, x, y, i, cache):
-        """Logits (B,) of pixel i given those before it, for i = 0, 1, 2, ... in turn.
+        """Logits (B,) of pixel i given those before it. Call it for i = 0, 1, 2, ... in turn.
 
         Adds to cache what goes into the convolution of each block at pixel i.
         """
@@ -236,7 +241,7 @@ class PixelCNN(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.size**2):
-            # run for given pixels, too: later pixels need what it adds to the cache
+            # for given pixels, too: later ones need what this call puts into the cache
             logits = self.logits_at(x, y, i, cache)  # (n,)
             if guided:
                 uncond = self.logits_at(x, None, i, uncond_cache)
@@ -249,7 +254,7 @@ class PixelCNN(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images, of which ten are used -> {name: pictures}:
 
-        sampling    (frames, 20, 1, H, W): 20 images as they are drawn, one frame per half row
+        sampling    (frames, 20, 1, H, W): 20 images as they are drawn, half a row per frame
         completion  (60, 1, H, W): ten images, their upper halves, four completions of each
         field       (1, 1, 8 H, 8 W): how much the logit of the middle pixel depends on each pixel;
                     black: not at all
@@ -258,7 +263,8 @@ class PixelCNN(nn.Module):
         half = self.size // 2
         index = torch.arange(self.size**2, device=x.device).view(self.size, self.size)
         samples = self.sample(20)
-        frames = [samples.where(index < i, 0.5) for i in range(0, self.size**2 + half, half)]
+        steps = range(0, self.size**2 + half, half)  # the last frame shows the whole image
+        frames = [samples.where(index < n_drawn, 0.5) for n_drawn in steps]  # grey: not drawn yet
         upper = x.where(index < half * self.size, 0.5)
         top = x[:, :, :half].repeat(4, 1, 1, 1)
         completion = torch.cat([x, upper, self.sample(len(top), top=top)])
@@ -276,7 +282,7 @@ class PixelCNN(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        Reading values means waiting for the GPU, so on a GPU only the first batch's are read.
+        Reading values means waiting for the GPU, so on a GPU only the first batch is checked.
         """
         shape = (len(x), 1, self.size, self.size)
         if x.shape != shape or len(x) == 0 or not x.is_floating_point():
@@ -293,8 +299,8 @@ class PixelCNN(nn.Module):
 
 
 # ---------------------------------------------------------------- train
-# The same text in all ten scripts, except for these constants and, in gan.py, make_optimizers and
-# train_step. Start reading at train_step.
+# This section is the same text in all ten scripts, except for these constants and, in gan.py,
+# make_optimizers and train_step. Start reading at train_step.
 NAME = "pixelcnn"  # of this script, its folder in out/, and the origin of its checkpoints
 Model = PixelCNN
 EPOCHS = 8
@@ -314,7 +320,7 @@ def learning_rate(step, total_steps, peak):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonal updates, for the matrices inside a network (Jordan et al. 2024).
+    """Momentum with orthogonalised updates, for a network's hidden matrices (Jordan et al. 2024).
 
     The gradient of a matrix is dominated by a few singular directions. Plain momentum moves the
     weights along these, and hardly along the others; Muon moves them along all at about the same
@@ -339,7 +345,7 @@ class Muon(torch.optim.Optimizer):
                 state["mean"] = torch.zeros_like(grads)
             mean = state["mean"]
             mean.lerp_(grads, 0.05)  # mean <- 0.95 mean + 0.05 grads
-            nesterov = grads.lerp(mean, 0.95)  # 0.95 mean + 0.05 grads, once more
+            nesterov = grads.lerp(mean, 0.95)  # 0.95 mean + 0.05 grads again, with the new mean
             updates = orthogonalise(nesterov)
             for weight, update in zip(weights, updates):
                 weight.sub_(update.reshape(weight.shape), alpha=group["lr"])
@@ -373,7 +379,7 @@ def orthogonalise(x):
 def make_optimizers(model):
     """Muon for the matrices that the model names, AdamW for all other weights.
 
-    train_epoch sets the learning rate of both.
+    train_epoch sets their learning rates.
     """
     hidden = model.hidden_weights()
     hidden_ids = {id(weight) for weight in hidden}
@@ -386,14 +392,17 @@ def make_optimizers(model):
 
 
 def train_step(model, optimizers, autocast, x, y):
-    """Update the model on images x (B, 1, H, W) in [0, 1], labels y (B,) or None -> the loss."""
+    """Update the model once, on images x (B, 1, H, W) in [0, 1] and labels y (B,) or None.
+
+    Returns the loss.
+    """
     for optimizer in optimizers:
         optimizer.zero_grad()
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # If the gradient has a norm above 1, scale it down to 1. A loss that is a sum over pixels has a
-    # norm far above 1: then all steps have norm 1, and none dominates the optimizers' means.
+    # If the norm of the gradient is above 1, scale it down to 1. A loss summed over pixels has far
+    # larger gradients: all are then scaled to 1, and none dominates the optimizers' averages.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -416,10 +425,10 @@ def update_ema(ema, model, step):
 
 
 def train_epoch(epoch, args, model, ema, optimizers, images, labels):
-    """Update model and ema on all uint8 images (N, 1, H, W), labels (N,) or None, in random order.
+    """Train for one epoch on uint8 images (N, 1, H, W), labels (N,) or None, in random order.
 
-    Returns the mean loss and the seconds taken. The images that do not fill a last batch are left
-    out.
+    Images left over after the last full batch are skipped. Returns the mean loss and the seconds
+    taken.
     """
     set_seed(args.seed, epoch)  # the same order and noise, whether the run was resumed or not
     order = torch.randperm(len(images)).to(images.device)
@@ -451,18 +460,19 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
             speed = args.batch_size / seconds_per_step
             seconds_left = seconds_per_step * (total_steps - step)
             line = f"step {step}/{total_steps} | loss {loss_now:.4g} | {speed:,.0f} img/s"
-            # spaces at the end: they overwrite the rest of a longer line
-            print(f"{line} | {seconds_left:.0f} s left  ", end="\r", flush=True)
-    mean_loss = float(loss_sum) / steps  # waits until a GPU has done the last step
+            line = f"{line} | {seconds_left:.0f} s left"
+            print(f"{line:<79}", end="\r", flush=True)  # padded, to overwrite a longer line
+    mean_loss = float(loss_sum) / steps  # float() waits for the GPU to finish
     return mean_loss, time.time() - start
 
 
 def evaluate(loss_fn, images, autocast, batch_size=500):
-    """Mean of each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: number}.
+    """Average each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: mean}.
 
-    loss_fn gets no labels, so that runs with and without labels can be compared. Each batch is
-    seeded, so that every call sees the same noise. There is no torch.no_grad() here, because the
-    loss of gan.py computes a gradient; the weights of ema need none, so no graph is kept.
+    loss_fn gets no labels, so that runs with and without labels can be compared. Each batch has a
+    fixed seed, so that every call sees the same noise. There is no torch.no_grad() here, because
+    the loss of gan.py computes a gradient; the weights of ema require no gradients, so no graph is
+    kept for them.
     """
     means = {}
     for i, batch in enumerate(images.split(batch_size)):
@@ -477,7 +487,7 @@ def evaluate(loss_fn, images, autocast, batch_size=500):
 def draw_samples(model, n, args, chunk=500):
     """Draw n images (n, 1, H, W) in [0, 1], the same each time for the same seed and n.
 
-    If the model has labels, they are 0, 1, 2, ... in turn.
+    With --class-cond, the labels are 0, 1, 2, ... in turn.
 
     chunk: images drawn at a time, to limit memory
     """
@@ -491,29 +501,29 @@ def draw_samples(model, n, args, chunk=500):
 
 
 def set_seed(seed, epoch=0):
-    """Seed torch for an epoch from 1 on; epoch 0 is for the initial weights and for sampling."""
-    # a large prime keeps apart the epochs of two seeds; torch takes no negative numbers
+    """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
+    # far more than there are epochs, so that two seeds share none; % keeps it in torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
 def bfloat16_autocast(device):
-    """A context in which convolutions and matrix products run in bfloat16, if the hardware can."""
+    """A context in which convolutions and matrix products use bfloat16 if the hardware can."""
     supported = False
     if device == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
+    elif device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older versions lack it
         supported = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.autocast(device, torch.bfloat16, enabled=supported)
 
 
 def make_checkpoint(args, config, model, ema, optimizers, log):
-    """Everything needed to draw samples (config and model) and to continue the training."""
+    """Everything needed to draw samples (config and model) and to resume training."""
     settings = ("epochs", "batch_size", "lr", "seed", "dataset")
     return {
         "script": NAME,
         "config": config,
         "settings": {name: getattr(args, name) for name in settings},
-        "model": ema.state_dict(),  # the averaged weights: those to draw from
+        "model": ema.state_dict(),  # the averaged weights, which samples are drawn from
         "model_in_training": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "log": log,
@@ -521,11 +531,11 @@ def make_checkpoint(args, config, model, ema, optimizers, log):
 
 
 def save_checkpoint(checkpoint, path, new=False):
-    """Write the file in one step, so that neither a kill nor a full disk leaves half of it.
+    """Write the file atomically, so that neither a kill nor a full disk leaves half of it.
 
     new: raise FileExistsError if there is one already
     """
-    # first into memory: torch.save itself meets a full disk with a RuntimeError, not an OSError
+    # first into memory: on a full disk, torch.save raises a RuntimeError, not an OSError
     data = io.BytesIO()
     torch.save(checkpoint, data)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -539,29 +549,32 @@ def save_checkpoint(checkpoint, path, new=False):
 
 
 def load_checkpoint(path, resume):
-    """The dictionary of make_checkpoint; to draw samples, config and model are enough."""
+    """Load a dictionary of make_checkpoint; to draw samples, config and model are enough."""
+    needed = {"config", "model"}
+    if resume:
+        needed |= {"settings", "model_in_training", "optimizers", "log"}
     try:
-        checkpoint = torch.load(path, "cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint.get("script", NAME) != NAME:
             raise ValueError(f"it was written by {checkpoint['script']}.py")
+        missing = needed - checkpoint.keys()
+        if missing:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
         model = Model(**checkpoint["config"])
         model.load_state_dict(checkpoint["model"])  # raises an error if they do not fit
         # a config made by hand may leave sizes to their defaults
         sizes = {**size_defaults(), "size": model.size, "n_classes": model.n_classes}
         checkpoint["config"] = {**sizes, **checkpoint["config"]}
     except Exception as error:  # a missing, damaged or foreign file can raise anything
-        reason = " ".join(str(error).split())  # in one line
+        reason = " ".join(str(error).split())  # on one line
         if not reason:
             reason = type(error).__name__
         fail(f"cannot load {path}: {reason}")
-    missing = {"settings", "model_in_training", "optimizers", "log"} - checkpoint.keys()
-    if resume and missing:
-        fail(f"cannot resume from {path}: it has no {', '.join(sorted(missing))}")
     return checkpoint
 
 
 def fail(message):
-    """End with one line on stderr, and with exit status 1."""
+    """Exit with status 1 and one line on stderr."""
     sys.exit(f"{NAME}.py: error: {message}")
 
 
@@ -577,7 +590,7 @@ def size_defaults():
 
 
 def make_parser():
-    """The flags: first those that all ten scripts share, then the sizes of this model."""
+    """Define the flags: first those that all ten scripts share, then the sizes of this model."""
     devices = ["cpu"]
     if torch.backends.mps.is_available():
         devices.append("mps")
@@ -593,19 +606,24 @@ def make_parser():
     add("--epochs", type=int, default=EPOCHS, help="passes over the images (default %(default)s)")
     add("--batch-size", type=int, default=BATCH_SIZE, help="images per step (default %(default)s)")
     add("--lr", type=float, default=LR, help="peak learning rate (default %(default)s)")
-    add("--seed", type=int, default=0, help="of all random numbers (default %(default)s)")
-    add("--device", choices=devices, default=device, help="where to compute (default %(default)s)")
-    add("--dataset", choices=datasets, default="MNIST", help="(default MNIST)")
+    add("--seed", type=int, default=0, help="random seed (default %(default)s)")
+    add("--device", choices=devices, default=device, help="device to run on (default %(default)s)")
+    add("--dataset", choices=datasets, default="MNIST", help="data set (default MNIST)")
     add("--data-dir", type=Path, help="folder of the data sets (default: data, beside common.py)")
-    add("--out-dir", type=Path, default=Path("out", NAME), help="of this run (default %(default)s)")
-    add("--class-cond", action="store_true", help="learn labels; grids have a column per class")
+    add(
+        "--out-dir",
+        type=Path,
+        default=Path("out", NAME),
+        help="for all output (default %(default)s)",
+    )
+    add("--class-cond", action="store_true", help="learn labels; grids have one column per class")
     add(
         "--compile",
         action="store_true",
-        help="torch.compile the network: a slow start, but it may pay",
+        help="use torch.compile: a slow start, and possibly faster steps",
     )
-    add("--dry-run", action="store_true", help="only two batches per epoch; overwrites OUT_DIR-dry")
-    add("--tensorboard", action="store_true", help="also log for TensorBoard, into OUT_DIR")
+    add("--dry-run", action="store_true", help="only two batches per epoch, into OUT_DIR-dry")
+    add("--tensorboard", action="store_true", help="also write TensorBoard logs into OUT_DIR")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="continue the run in OUT_DIR")
     mode.add_argument(
@@ -620,10 +638,10 @@ def make_parser():
 
 
 def parse_args(argv):
-    """The settings in the list argv (None: of the command line), and a checkpoint or None.
+    """Parse argv (None: the command line); returns the settings, and a checkpoint or None.
 
-    --resume and --sample load the checkpoint of a run. The run's own settings replace the
-    defaults, and a flag that contradicts them is refused, unless it may change.
+    --resume and --sample load the checkpoint of a run. The settings of that run become the
+    defaults, and a flag that contradicts them is refused, except for the few that may differ.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -652,13 +670,13 @@ def parse_args(argv):
             may_differ += ["batch_size", "seed"]
         for name, value in run_settings.items():
             if getattr(args, name) != value and name not in may_differ:
-                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}, which has {value}")
+                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}: {value} there")
     args.out_dir = out_dir
     return args, checkpoint
 
 
 def sample_only(args, checkpoint):
-    """--sample N: write all N images as numbers, and the first 100 as a picture."""
+    """--sample N: write all N images as an array, and the first 100 as a picture."""
     from common import save_images
 
     model = Model(**checkpoint["config"])
@@ -670,7 +688,7 @@ def sample_only(args, checkpoint):
 
 
 def load_images(args):
-    """-> uint8 images (N, 1, H, W) to train on, their labels (N,) or None, and test images."""
+    """Returns uint8 training images (N, 1, H, W), their labels (N,) or None, and test images."""
     from common import load_mnist  # here, so that the model can be imported without common.py
 
     train_x, train_y, test_x, _ = load_mnist(args.data_dir, args.dataset, args.device)
@@ -680,15 +698,15 @@ def load_images(args):
         train_y = train_y[:limit]
         test_x = test_x[:limit]
     if args.batch_size > len(train_x):
-        fail(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
+        fail(f"--batch-size {args.batch_size} exceeds the {len(train_x)} training images")
     labels = train_y if args.class_cond else None
     return train_x, labels, test_x
 
 
 def set_up(args, config, checkpoint):
-    """-> model, ema, optimizers, new or as they are in the checkpoint.
+    """Returns model, ema and optimizers, new or restored from the checkpoint.
 
-    model is in training; ema is the running average of its weights, for tests and samples.
+    model is the one being trained; ema, the running average of its weights, is tested and sampled.
     """
     set_seed(args.seed)
     try:
@@ -705,12 +723,12 @@ def set_up(args, config, checkpoint):
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
     if args.compile:
-        model.compile()  # its forward: the network (in gan.py, the generator)
+        model.compile()  # its forward, which is the network (in gan.py, the generator)
     return model, ema, optimizers
 
 
 def write_log(log, path):
-    """Write the figures of all epochs, a dictionary for each, as a CSV file with a header."""
+    """Write the log, a list with a dictionary of numbers per epoch, as a CSV file with a header."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=log[0].keys())
         writer.writeheader()
@@ -718,13 +736,13 @@ def write_log(log, path):
 
 
 def main(argv=None):
-    """Train, or with --sample only draw; argv: a list of flags, or None for the command line."""
+    """Train, or with --sample only draw. argv: a list of flags; None: those of the command line."""
     args, checkpoint = parse_args(argv)
     if args.sample:
         sample_only(args, checkpoint)
         return
 
-    # in another project: your own images instead of load_images, and your own way to save them
+    # in another project, replace load_images and save_images by your own
     from common import save_images
 
     if args.tensorboard:
@@ -734,25 +752,26 @@ def main(argv=None):
         config = {name: getattr(args, name) for name in size_defaults()}
         config["size"] = train_x.shape[-1]
         config["n_classes"] = 10 if args.class_cond else 0
-        log = []  # of each epoch, its figures
+        log = []  # a dictionary of numbers per epoch
     else:
         config = checkpoint["config"]
         log = checkpoint["log"]
     if len(log) > args.epochs:
-        fail(f"--epochs {args.epochs}: the run in {args.out_dir} has had {len(log)} epochs already")
+        fail(f"--epochs {args.epochs}: the run in {args.out_dir} has already done {len(log)}")
     model, ema, optimizers = set_up(args, config, checkpoint)
 
-    # Save before the first step: then a disk that cannot be written to is noticed now and not after
-    # an hour, and --resume works wherever the run is stopped.
+    # Save before the first step, so that a disk that cannot be written to is noticed now and not
+    # after an hour, and so that --resume works wherever the run is stopped.
     args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / "model.pt"
     is_new = checkpoint is None and not args.dry_run
+    first = make_checkpoint(args, config, model, ema, optimizers, log)
     try:
-        save_checkpoint(make_checkpoint(args, config, model, ema, optimizers, log), path, is_new)
+        save_checkpoint(first, path, new=is_new)
     except FileExistsError:
         fail(f"{args.out_dir} holds a run: --resume it, choose another --out-dir, or delete it")
     if args.tensorboard:
-        board = SummaryWriter(args.out_dir)
+        writer = SummaryWriter(args.out_dir)
     steps = len(train_x) // args.batch_size
     plan = f"{args.epochs} epochs of {steps} steps on {args.device}, {len(log)} done"
     print(f"{args.out_dir}: {plan}; if interrupted, continue with --resume", flush=True)
@@ -773,20 +792,20 @@ def main(argv=None):
         write_log(log, args.out_dir / "log.csv")
         save_checkpoint(make_checkpoint(args, config, model, ema, optimizers, log), path)
 
-        figures = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        test_metrics = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         speed = steps * args.batch_size / seconds
         print(
-            f"epoch {epoch:3}/{args.epochs} | train loss {train_loss:.4g} | test {figures} | "
+            f"epoch {epoch:3}/{args.epochs} | train loss {train_loss:.4g} | test {test_metrics} | "
             f"{seconds:.1f} s | {speed:,.0f} img/s",
             flush=True,
         )
         if args.tensorboard:
-            board.add_images("samples", samples, epoch)
+            writer.add_images("samples", samples, epoch)
             for name, value in row.items():
-                board.add_scalar(name, value, epoch)
-            board.flush()
+                writer.add_scalar(name, value, epoch)
+            writer.flush()
 
-    # pictures of how the model works
+    # pictures that show how the model works
     set_seed(args.seed)
     for name, images in ema.pictures(test_x[:20] / 255).items():
         suffix = "gif" if images.ndim == 5 else "png"
@@ -799,6 +818,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except ModuleNotFoundError as error:
-        fail(f"{error}: common.py belongs beside this script; pip installs other packages")
+        fail(f"{error}: common.py must be beside this script; install other packages with pip")
     except OSError as error:
         fail(error)

@@ -63,10 +63,10 @@ Maths
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
-  x (B, 1, 28, 28): loss() takes grey levels in [0, 1], but the networks see binary pixels. A grey
-  level of 0.7 becomes 1 with probability 0.7, drawn anew each time an image is used (dynamic
-  binarisation). z_e, z_q (B, 49, code_dim); codes (B, 49), integers. size: a multiple of 4, as the
-  grid of codes has size / 4 positions per side.
+  x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels in [0, 1], but
+  the networks see binary pixels. A grey level of 0.7 becomes 1 with probability 0.7, drawn anew
+  each time an image is used (dynamic binarisation). z_e, z_q (B, 49, code_dim); codes (B, 49),
+  integers. size: a multiple of 4, as the grid of codes has size / 4 positions per side.
 
 What to expect
   recon, prior and neg_elbo are in nats per image: summed over pixels or codes, averaged over
@@ -108,8 +108,9 @@ class Block(nn.Module):
     def forward(self, x, cache=None, i=0):
         """x (B, T, n_embd) -> the same shape; each token attends to itself and to those before it.
 
-        With a cache (2, B, n_head, all tokens, head size), which holds the keys and values of the
-        tokens before i, x is token i alone (T = 1), whose key and value are added to the cache.
+        Without a cache, x holds all tokens. With one, x is token i alone (T = 1), and its key and
+        value are written into the cache (2, B, n_head, all tokens, head size), after those of the
+        tokens before i.
         """
         qkv = self.qkv(F.layer_norm(x, x.shape[-1:])).unflatten(2, (3, self.n_head, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head size) each
@@ -124,6 +125,7 @@ class Block(nn.Module):
             k, v = cache[:, :, :, : i + 1]  # (B, n_head, i + 1, head size) each; no mask is needed
             h = F.scaled_dot_product_attention(q, k, v)
         x = x + self.proj(h.transpose(1, 2).flatten(2))  # the heads side by side: (B, T, n_embd)
+        # the MLP, for each token alone, with a squared ReLU
         return x + self.shrink(self.expand(F.layer_norm(x, x.shape[-1:])).relu().square())
 
 
@@ -206,14 +208,14 @@ class VQVAE(nn.Module):
         # restart finds all vectors dead, and places them.
         self.register_buffer("usage", torch.full((n_codes,), -float(n_codes)))
         self.label = nn.Embedding(n_classes + 1, n_embd)  # the last entry is "no label"
-        nn.init.zeros_(self.label.weight)
+        nn.init.zeros_(self.label.weight)  # at first labels change nothing
         self.token = nn.Embedding(n_codes + 1, n_embd)  # the last entry is "no code yet"
         self.pos_emb = nn.Parameter(0.02 * torch.randn(self.side**2, n_embd))
         self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
         self.head = nn.Linear(n_embd, n_codes)
 
     def embed(self, x, y):
-        """A vector for each label in y (B,), or for "no label" if y is None; x supplies B."""
+        """A vector for each label in y (B,), or for "no label" if y is None, with B = len(x)."""
         if y is None:
             y = torch.full((len(x),), self.n_classes, device=x.device)
         return self.label(y)
@@ -249,8 +251,10 @@ class VQVAE(nn.Module):
         self.usage.masked_fill_(dead, 1)
 
     def tokens(self, codes, y, start, end):
-        """Tokens start to end - 1 (B, end - start, n_embd), each from the previous code, its
-        position and y."""
+        """Tokens i = start, ..., end - 1, as (B, end - start, n_embd).
+
+        Token i is made from the code before code i, the position i and y.
+        """
         # moved right by one: "no code yet" comes first, the last code drops out
         before = F.pad(codes, (1, -1), value=self.n_codes)[:, start:end]
         return self.token(before) + self.pos_emb[start:end] + self.embed(codes, y)[:, None]
@@ -342,7 +346,7 @@ class VQVAE(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.side**2):
-            # run for given codes, too: later codes need what it adds to the cache
+            # for given codes, too: later ones need what this call puts into the cache
             logits = self.logits_at(codes, y, i, cache)  # (n, n_codes)
             if guided:
                 uncond = self.logits_at(codes, None, i, uncond_cache)
@@ -392,7 +396,7 @@ class VQVAE(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        Reading values means waiting for the GPU, so on a GPU only the first batch's are read.
+        Reading values means waiting for the GPU, so on a GPU only the first batch is checked.
         """
         shape = (len(x), 1, self.size, self.size)
         if x.shape != shape or len(x) == 0 or not x.is_floating_point():
@@ -409,8 +413,8 @@ class VQVAE(nn.Module):
 
 
 # ---------------------------------------------------------------- train
-# The same text in all ten scripts, except for these constants and, in gan.py, make_optimizers and
-# train_step. Start reading at train_step.
+# This section is the same text in all ten scripts, except for these constants and, in gan.py,
+# make_optimizers and train_step. Start reading at train_step.
 NAME = "vqvae"  # of this script, its folder in out/, and the origin of its checkpoints
 Model = VQVAE
 EPOCHS = 20
@@ -430,7 +434,7 @@ def learning_rate(step, total_steps, peak):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonal updates, for the matrices inside a network (Jordan et al. 2024).
+    """Momentum with orthogonalised updates, for a network's hidden matrices (Jordan et al. 2024).
 
     The gradient of a matrix is dominated by a few singular directions. Plain momentum moves the
     weights along these, and hardly along the others; Muon moves them along all at about the same
@@ -455,7 +459,7 @@ class Muon(torch.optim.Optimizer):
                 state["mean"] = torch.zeros_like(grads)
             mean = state["mean"]
             mean.lerp_(grads, 0.05)  # mean <- 0.95 mean + 0.05 grads
-            nesterov = grads.lerp(mean, 0.95)  # 0.95 mean + 0.05 grads, once more
+            nesterov = grads.lerp(mean, 0.95)  # 0.95 mean + 0.05 grads again, with the new mean
             updates = orthogonalise(nesterov)
             for weight, update in zip(weights, updates):
                 weight.sub_(update.reshape(weight.shape), alpha=group["lr"])
@@ -489,7 +493,7 @@ def orthogonalise(x):
 def make_optimizers(model):
     """Muon for the matrices that the model names, AdamW for all other weights.
 
-    train_epoch sets the learning rate of both.
+    train_epoch sets their learning rates.
     """
     hidden = model.hidden_weights()
     hidden_ids = {id(weight) for weight in hidden}
@@ -502,14 +506,17 @@ def make_optimizers(model):
 
 
 def train_step(model, optimizers, autocast, x, y):
-    """Update the model on images x (B, 1, H, W) in [0, 1], labels y (B,) or None -> the loss."""
+    """Update the model once, on images x (B, 1, H, W) in [0, 1] and labels y (B,) or None.
+
+    Returns the loss.
+    """
     for optimizer in optimizers:
         optimizer.zero_grad()
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # If the gradient has a norm above 1, scale it down to 1. A loss that is a sum over pixels has a
-    # norm far above 1: then all steps have norm 1, and none dominates the optimizers' means.
+    # If the norm of the gradient is above 1, scale it down to 1. A loss summed over pixels has far
+    # larger gradients: all are then scaled to 1, and none dominates the optimizers' averages.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -532,10 +539,10 @@ def update_ema(ema, model, step):
 
 
 def train_epoch(epoch, args, model, ema, optimizers, images, labels):
-    """Update model and ema on all uint8 images (N, 1, H, W), labels (N,) or None, in random order.
+    """Train for one epoch on uint8 images (N, 1, H, W), labels (N,) or None, in random order.
 
-    Returns the mean loss and the seconds taken. The images that do not fill a last batch are left
-    out.
+    Images left over after the last full batch are skipped. Returns the mean loss and the seconds
+    taken.
     """
     set_seed(args.seed, epoch)  # the same order and noise, whether the run was resumed or not
     order = torch.randperm(len(images)).to(images.device)
@@ -567,18 +574,19 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
             speed = args.batch_size / seconds_per_step
             seconds_left = seconds_per_step * (total_steps - step)
             line = f"step {step}/{total_steps} | loss {loss_now:.4g} | {speed:,.0f} img/s"
-            # spaces at the end: they overwrite the rest of a longer line
-            print(f"{line} | {seconds_left:.0f} s left  ", end="\r", flush=True)
-    mean_loss = float(loss_sum) / steps  # waits until a GPU has done the last step
+            line = f"{line} | {seconds_left:.0f} s left"
+            print(f"{line:<79}", end="\r", flush=True)  # padded, to overwrite a longer line
+    mean_loss = float(loss_sum) / steps  # float() waits for the GPU to finish
     return mean_loss, time.time() - start
 
 
 def evaluate(loss_fn, images, autocast, batch_size=500):
-    """Mean of each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: number}.
+    """Average each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: mean}.
 
-    loss_fn gets no labels, so that runs with and without labels can be compared. Each batch is
-    seeded, so that every call sees the same noise. There is no torch.no_grad() here, because the
-    loss of gan.py computes a gradient; the weights of ema need none, so no graph is kept.
+    loss_fn gets no labels, so that runs with and without labels can be compared. Each batch has a
+    fixed seed, so that every call sees the same noise. There is no torch.no_grad() here, because
+    the loss of gan.py computes a gradient; the weights of ema require no gradients, so no graph is
+    kept for them.
     """
     means = {}
     for i, batch in enumerate(images.split(batch_size)):
@@ -593,7 +601,7 @@ def evaluate(loss_fn, images, autocast, batch_size=500):
 def draw_samples(model, n, args, chunk=500):
     """Draw n images (n, 1, H, W) in [0, 1], the same each time for the same seed and n.
 
-    If the model has labels, they are 0, 1, 2, ... in turn.
+    With --class-cond, the labels are 0, 1, 2, ... in turn.
 
     chunk: images drawn at a time, to limit memory
     """
@@ -607,29 +615,29 @@ def draw_samples(model, n, args, chunk=500):
 
 
 def set_seed(seed, epoch=0):
-    """Seed torch for an epoch from 1 on; epoch 0 is for the initial weights and for sampling."""
-    # a large prime keeps apart the epochs of two seeds; torch takes no negative numbers
+    """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
+    # far more than there are epochs, so that two seeds share none; % keeps it in torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
 def bfloat16_autocast(device):
-    """A context in which convolutions and matrix products run in bfloat16, if the hardware can."""
+    """A context in which convolutions and matrix products use bfloat16 if the hardware can."""
     supported = False
     if device == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # an older torch cannot tell
+    elif device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older versions lack it
         supported = torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.autocast(device, torch.bfloat16, enabled=supported)
 
 
 def make_checkpoint(args, config, model, ema, optimizers, log):
-    """Everything needed to draw samples (config and model) and to continue the training."""
+    """Everything needed to draw samples (config and model) and to resume training."""
     settings = ("epochs", "batch_size", "lr", "seed", "dataset")
     return {
         "script": NAME,
         "config": config,
         "settings": {name: getattr(args, name) for name in settings},
-        "model": ema.state_dict(),  # the averaged weights: those to draw from
+        "model": ema.state_dict(),  # the averaged weights, which samples are drawn from
         "model_in_training": model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "log": log,
@@ -637,11 +645,11 @@ def make_checkpoint(args, config, model, ema, optimizers, log):
 
 
 def save_checkpoint(checkpoint, path, new=False):
-    """Write the file in one step, so that neither a kill nor a full disk leaves half of it.
+    """Write the file atomically, so that neither a kill nor a full disk leaves half of it.
 
     new: raise FileExistsError if there is one already
     """
-    # first into memory: torch.save itself meets a full disk with a RuntimeError, not an OSError
+    # first into memory: on a full disk, torch.save raises a RuntimeError, not an OSError
     data = io.BytesIO()
     torch.save(checkpoint, data)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -655,29 +663,32 @@ def save_checkpoint(checkpoint, path, new=False):
 
 
 def load_checkpoint(path, resume):
-    """The dictionary of make_checkpoint; to draw samples, config and model are enough."""
+    """Load a dictionary of make_checkpoint; to draw samples, config and model are enough."""
+    needed = {"config", "model"}
+    if resume:
+        needed |= {"settings", "model_in_training", "optimizers", "log"}
     try:
-        checkpoint = torch.load(path, "cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint.get("script", NAME) != NAME:
             raise ValueError(f"it was written by {checkpoint['script']}.py")
+        missing = needed - checkpoint.keys()
+        if missing:
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
         model = Model(**checkpoint["config"])
         model.load_state_dict(checkpoint["model"])  # raises an error if they do not fit
         # a config made by hand may leave sizes to their defaults
         sizes = {**size_defaults(), "size": model.size, "n_classes": model.n_classes}
         checkpoint["config"] = {**sizes, **checkpoint["config"]}
     except Exception as error:  # a missing, damaged or foreign file can raise anything
-        reason = " ".join(str(error).split())  # in one line
+        reason = " ".join(str(error).split())  # on one line
         if not reason:
             reason = type(error).__name__
         fail(f"cannot load {path}: {reason}")
-    missing = {"settings", "model_in_training", "optimizers", "log"} - checkpoint.keys()
-    if resume and missing:
-        fail(f"cannot resume from {path}: it has no {', '.join(sorted(missing))}")
     return checkpoint
 
 
 def fail(message):
-    """End with one line on stderr, and with exit status 1."""
+    """Exit with status 1 and one line on stderr."""
     sys.exit(f"{NAME}.py: error: {message}")
 
 
@@ -693,7 +704,7 @@ def size_defaults():
 
 
 def make_parser():
-    """The flags: first those that all ten scripts share, then the sizes of this model."""
+    """Define the flags: first those that all ten scripts share, then the sizes of this model."""
     devices = ["cpu"]
     if torch.backends.mps.is_available():
         devices.append("mps")
@@ -709,19 +720,24 @@ def make_parser():
     add("--epochs", type=int, default=EPOCHS, help="passes over the images (default %(default)s)")
     add("--batch-size", type=int, default=BATCH_SIZE, help="images per step (default %(default)s)")
     add("--lr", type=float, default=LR, help="peak learning rate (default %(default)s)")
-    add("--seed", type=int, default=0, help="of all random numbers (default %(default)s)")
-    add("--device", choices=devices, default=device, help="where to compute (default %(default)s)")
-    add("--dataset", choices=datasets, default="MNIST", help="(default MNIST)")
+    add("--seed", type=int, default=0, help="random seed (default %(default)s)")
+    add("--device", choices=devices, default=device, help="device to run on (default %(default)s)")
+    add("--dataset", choices=datasets, default="MNIST", help="data set (default MNIST)")
     add("--data-dir", type=Path, help="folder of the data sets (default: data, beside common.py)")
-    add("--out-dir", type=Path, default=Path("out", NAME), help="of this run (default %(default)s)")
-    add("--class-cond", action="store_true", help="learn labels; grids have a column per class")
+    add(
+        "--out-dir",
+        type=Path,
+        default=Path("out", NAME),
+        help="for all output (default %(default)s)",
+    )
+    add("--class-cond", action="store_true", help="learn labels; grids have one column per class")
     add(
         "--compile",
         action="store_true",
-        help="torch.compile the network: a slow start, but it may pay",
+        help="use torch.compile: a slow start, and possibly faster steps",
     )
-    add("--dry-run", action="store_true", help="only two batches per epoch; overwrites OUT_DIR-dry")
-    add("--tensorboard", action="store_true", help="also log for TensorBoard, into OUT_DIR")
+    add("--dry-run", action="store_true", help="only two batches per epoch, into OUT_DIR-dry")
+    add("--tensorboard", action="store_true", help="also write TensorBoard logs into OUT_DIR")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="continue the run in OUT_DIR")
     mode.add_argument(
@@ -736,10 +752,10 @@ def make_parser():
 
 
 def parse_args(argv):
-    """The settings in the list argv (None: of the command line), and a checkpoint or None.
+    """Parse argv (None: the command line); returns the settings, and a checkpoint or None.
 
-    --resume and --sample load the checkpoint of a run. The run's own settings replace the
-    defaults, and a flag that contradicts them is refused, unless it may change.
+    --resume and --sample load the checkpoint of a run. The settings of that run become the
+    defaults, and a flag that contradicts them is refused, except for the few that may differ.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -768,13 +784,13 @@ def parse_args(argv):
             may_differ += ["batch_size", "seed"]
         for name, value in run_settings.items():
             if getattr(args, name) != value and name not in may_differ:
-                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}, which has {value}")
+                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}: {value} there")
     args.out_dir = out_dir
     return args, checkpoint
 
 
 def sample_only(args, checkpoint):
-    """--sample N: write all N images as numbers, and the first 100 as a picture."""
+    """--sample N: write all N images as an array, and the first 100 as a picture."""
     from common import save_images
 
     model = Model(**checkpoint["config"])
@@ -786,7 +802,7 @@ def sample_only(args, checkpoint):
 
 
 def load_images(args):
-    """-> uint8 images (N, 1, H, W) to train on, their labels (N,) or None, and test images."""
+    """Returns uint8 training images (N, 1, H, W), their labels (N,) or None, and test images."""
     from common import load_mnist  # here, so that the model can be imported without common.py
 
     train_x, train_y, test_x, _ = load_mnist(args.data_dir, args.dataset, args.device)
@@ -796,15 +812,15 @@ def load_images(args):
         train_y = train_y[:limit]
         test_x = test_x[:limit]
     if args.batch_size > len(train_x):
-        fail(f"--batch-size {args.batch_size} exceeds the {len(train_x)} images")
+        fail(f"--batch-size {args.batch_size} exceeds the {len(train_x)} training images")
     labels = train_y if args.class_cond else None
     return train_x, labels, test_x
 
 
 def set_up(args, config, checkpoint):
-    """-> model, ema, optimizers, new or as they are in the checkpoint.
+    """Returns model, ema and optimizers, new or restored from the checkpoint.
 
-    model is in training; ema is the running average of its weights, for tests and samples.
+    model is the one being trained; ema, the running average of its weights, is tested and sampled.
     """
     set_seed(args.seed)
     try:
@@ -821,12 +837,12 @@ def set_up(args, config, checkpoint):
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
     if args.compile:
-        model.compile()  # its forward: the network (in gan.py, the generator)
+        model.compile()  # its forward, which is the network (in gan.py, the generator)
     return model, ema, optimizers
 
 
 def write_log(log, path):
-    """Write the figures of all epochs, a dictionary for each, as a CSV file with a header."""
+    """Write the log, a list with a dictionary of numbers per epoch, as a CSV file with a header."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=log[0].keys())
         writer.writeheader()
@@ -834,13 +850,13 @@ def write_log(log, path):
 
 
 def main(argv=None):
-    """Train, or with --sample only draw; argv: a list of flags, or None for the command line."""
+    """Train, or with --sample only draw. argv: a list of flags; None: those of the command line."""
     args, checkpoint = parse_args(argv)
     if args.sample:
         sample_only(args, checkpoint)
         return
 
-    # in another project: your own images instead of load_images, and your own way to save them
+    # in another project, replace load_images and save_images by your own
     from common import save_images
 
     if args.tensorboard:
@@ -850,25 +866,26 @@ def main(argv=None):
         config = {name: getattr(args, name) for name in size_defaults()}
         config["size"] = train_x.shape[-1]
         config["n_classes"] = 10 if args.class_cond else 0
-        log = []  # of each epoch, its figures
+        log = []  # a dictionary of numbers per epoch
     else:
         config = checkpoint["config"]
         log = checkpoint["log"]
     if len(log) > args.epochs:
-        fail(f"--epochs {args.epochs}: the run in {args.out_dir} has had {len(log)} epochs already")
+        fail(f"--epochs {args.epochs}: the run in {args.out_dir} has already done {len(log)}")
     model, ema, optimizers = set_up(args, config, checkpoint)
 
-    # Save before the first step: then a disk that cannot be written to is noticed now and not after
-    # an hour, and --resume works wherever the run is stopped.
+    # Save before the first step, so that a disk that cannot be written to is noticed now and not
+    # after an hour, and so that --resume works wherever the run is stopped.
     args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / "model.pt"
     is_new = checkpoint is None and not args.dry_run
+    first = make_checkpoint(args, config, model, ema, optimizers, log)
     try:
-        save_checkpoint(make_checkpoint(args, config, model, ema, optimizers, log), path, is_new)
+        save_checkpoint(first, path, new=is_new)
     except FileExistsError:
         fail(f"{args.out_dir} holds a run: --resume it, choose another --out-dir, or delete it")
     if args.tensorboard:
-        board = SummaryWriter(args.out_dir)
+        writer = SummaryWriter(args.out_dir)
     steps = len(train_x) // args.batch_size
     plan = f"{args.epochs} epochs of {steps} steps on {args.device}, {len(log)} done"
     print(f"{args.out_dir}: {plan}; if interrupted, continue with --resume", flush=True)
@@ -889,20 +906,20 @@ def main(argv=None):
         write_log(log, args.out_dir / "log.csv")
         save_checkpoint(make_checkpoint(args, config, model, ema, optimizers, log), path)
 
-        figures = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        test_metrics = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         speed = steps * args.batch_size / seconds
         print(
-            f"epoch {epoch:3}/{args.epochs} | train loss {train_loss:.4g} | test {figures} | "
+            f"epoch {epoch:3}/{args.epochs} | train loss {train_loss:.4g} | test {test_metrics} | "
             f"{seconds:.1f} s | {speed:,.0f} img/s",
             flush=True,
         )
         if args.tensorboard:
-            board.add_images("samples", samples, epoch)
+            writer.add_images("samples", samples, epoch)
             for name, value in row.items():
-                board.add_scalar(name, value, epoch)
-            board.flush()
+                writer.add_scalar(name, value, epoch)
+            writer.flush()
 
-    # pictures of how the model works
+    # pictures that show how the model works
     set_seed(args.seed)
     for name, images in ema.pictures(test_x[:20] / 255).items():
         suffix = "gif" if images.ndim == 5 else "png"
@@ -915,6 +932,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except ModuleNotFoundError as error:
-        fail(f"{error}: common.py belongs beside this script; pip installs other packages")
+        fail(f"{error}: common.py must be beside this script; install other packages with pip")
     except OSError as error:
         fail(error)
