@@ -3,13 +3,13 @@
     python diffusion.py --epochs 10
 
 Ho, Jain and Abbeel 2020 (DDPM), arXiv:2006.11239. Differences from it: time is continuous, where
-DDPM has 1000 steps with a noise level each; noise is added along an arc (a cosine, as in Nichol and
-Dhariwal 2021, arXiv:2102.09672); the network predicts the velocity v (Salimans and Ho 2022,
-arXiv:2202.00512) and is shown the image that it predicted last (self-conditioning: Chen et al.
-2022, arXiv:2208.04202); a sampler between DDPM's and DDIM's (Song et al. 2020, arXiv:2010.02502),
-of second order; guidance by labels (Ho and Salimans 2022, arXiv:2207.12598); a smaller U-Net, with
-two resolutions, layer norms and no attention; the matrices of its blocks trained by Muon (see the
-train section).
+DDPM has 1000 steps, each with its own noise level; noise is added along an arc (a cosine, as in
+Nichol and Dhariwal 2021, arXiv:2102.09672); the network predicts the velocity v (Salimans and Ho
+2022, arXiv:2202.00512) and is shown the image that it predicted last (self-conditioning: Chen et
+al. 2022, arXiv:2208.04202); a sampler between DDPM's and DDIM's (Song et al. 2020,
+arXiv:2010.02502), of second order; classifier-free guidance (Ho and Salimans 2022,
+arXiv:2207.12598); a smaller U-Net, with two resolutions, layer norms and no attention; the matrices
+of its blocks trained by Muon (see the train section).
 
 Idea
   Mix an image with random noise, more and more, until nothing of the image is left. To undo that at
@@ -21,8 +21,8 @@ Idea
   Training needs no such steps. Mix an image with noise, in a random proportion, and let the network
   find out what is image and what is noise. It is plain regression, with nothing to balance: no
   opponent as in a GAN, no code as in a VAE.
-  The price: a sample takes 50 passes of the network, where a GAN needs one. And the loss is not a
-  likelihood, so it does not say how probable an image is.
+  The price: a sample takes 50 passes of the network (100 with labels), where a GAN needs one. And
+  the loss is not a likelihood, so it does not say how probable an image is.
 
 Maths
   Mixing. Time t runs from 0 (the image x0) to 1 (the noise eps: for each pixel, a number from N(0,
@@ -46,13 +46,13 @@ Maths
   training, half of the images get the x0 that a first pass, with zeros, predicts from the same x_t.
   The score. (Not needed below, but papers speak of it.) Given x0, x_t has the density N(cos(a) x0,
   sin(a)^2), and the gradient of its logarithm is -(x_t - cos(a) x0) / sin(a)^2 = -eps / sin(a).
-  p(x_t) is the mean of these densities over x0. As grad p = p grad log p, grad log p(x_t) is the
-  mean of these gradients, weighted by p(x0 | x_t):
+  p(x_t) is the mean of these densities over x0. Take its gradient, with grad p = p grad log p, and
+  divide by p(x_t): each x0 gets the weight p(x_t | x0) p(x0) / p(x_t) = p(x0 | x_t), so
       grad log p(x_t) = -E[eps | x_t] / sin(a).
   This is the score: the direction in which images with this much noise become more probable. To
   predict the noise is to know the score.
   Sampling. Start from noise at t = 1. A step from angle a to a smaller angle b splits x into the
-  predicted x0 and eps, replaces a part of eps by fresh noise, and mixes again, for angle b:
+  predicted x0 and eps, replaces part of eps with fresh noise, and mixes again, for angle b:
       x <- cos(b) x0 + sin(b) (keep eps + sqrt(1 - keep^2) noise),   keep = (tan(b) / tan(a))^fresh
   (All steps but the first and the last use an x0 that is extrapolated to the middle of the step,
   see move, so that fewer steps suffice. What follows leaves that aside, and self-conditioning,
@@ -61,12 +61,12 @@ Maths
   x].
   Why does that end at digits? Many arcs pass through a point x. The density there changes only by
   what flows in and out, and the flow is the density times the mean velocity of these arcs. So if
-  all points move with that mean, the flow is the same, and so is the density at each t: that of
-  noise at t = 1, hence that of images at t = 0.
+  every point moves at that mean velocity instead, the flow is the same as that of the arcs, and so
+  is the density at each t: noise at t = 1, hence images at t = 0.
   fresh = 1 is DDPM, whose steps draw x from p(x_b | x_a, x0). (tan is the ratio of noise to image.)
-  Fresh noise washes out errors of earlier steps, and the network removes it again. But this needs
-  more steps, and makes strokes a little thinner. fresh = 0.25 lies between. (For any fresh > 0, the
-  first step, where tan(a) is infinite, replaces all noise.)
+  Fresh noise washes out errors of earlier steps, and the network then removes that noise. But this
+  needs more steps, and makes strokes a little thinner. fresh = 0.25 lies between. (With the
+  default, the first step, where tan(a) is infinite, replaces all noise.)
   Guidance. With --class-cond, an embedding of the label is added to that of t. One training image
   in ten gets the embedding of "no label" instead. Sampling follows v(no label) + guidance *
   (v(label) - v(no label)): 0 ignores the label, 1 is the model of images with that label, more than
@@ -79,8 +79,8 @@ Shapes
 
 What to expect
   loss is the mean squared error of v per pixel. It falls to 0.15 in the first epoch and then slowly
-  to 0.141. It stays far above 0, because x_t does not determine v, and does not say which of two
-  models draws better.
+  to 0.141. It stays far above 0, because x_t does not determine v. Nor does a lower loss mean that
+  a model draws better.
 """
 
 import argparse
@@ -195,7 +195,7 @@ class Diffusion(nn.Module):
         return [weight for block in blocks for weight in block.parameters() if weight.ndim > 1]
 
     def loss(self, x, y=None):
-        """x (B, 1, H, W) in [0, 1], y (B,) or None -> mean squared error of v, {"loss": it}."""
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> the mean squared error of v, metrics."""
         self.check(x, y)
         if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
@@ -206,8 +206,9 @@ class Diffusion(nn.Module):
         x0 = 2 * x - 1
         x_t, v = self.diffuse(x0, t, torch.randn_like(x0))
         # Half of the images (every second one, so that their t cover [0, 1], too) also see an x0
-        # that the network predicts for them. (detach and not torch.no_grad, under which autocast
-        # would, in older versions of torch, cache weights without gradients for the second pass.)
+        # that the network predicts for them. (detach instead of torch.no_grad, because in older
+        # versions of torch, the second pass would reuse weights that autocast has cached without
+        # gradients.)
         x0_last = torch.zeros_like(x0)
         a = t[::2, None, None, None] * math.pi / 2
         v_first = self(x_t[::2], t[::2], None if y is None else y[::2]).detach()
@@ -233,8 +234,8 @@ class Diffusion(nn.Module):
         A step splits x into x0 and eps, as the network predicts them, and mixes these again for the
         next time. One call of the network per step, two if labels y (B,) are given.
 
-        fresh:  how much of eps each step replaces by fresh noise (the exponent of keep). 0: none,
-                so the start determines the end (DDIM); 1: as DDPM. Above 0 only if end < start
+        fresh:  how much of eps each step replaces with fresh noise (the exponent of keep). 0: none,
+                so the start determines the end (DDIM); 1: as in DDPM. Above 0 only if end < start
         self_cond: show the network the x0 that it predicted last. Without it, v depends on x, t and
                 y alone, so that with fresh = 0 the steps can nearly be undone
         frames: a list, to which each step appends the new x and the x0 predicted from the old one
@@ -266,7 +267,7 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def sample(self, n, y=None, steps=50, guidance=1.5, fresh=0.25):
-        """n images (n, 1, H, W) in [0, 1] in `steps` steps from noise; y (n,) labels or None.
+        """Draw n images (n, 1, H, W) in [0, 1], in `steps` steps; y (n,) labels or None.
 
         guidance, fresh: see the methods guided_v and move
         """
@@ -306,7 +307,9 @@ class Diffusion(nn.Module):
         Reading values means waiting for the GPU, so on a GPU only the first batch is checked.
         """
         shape = (len(x), 1, self.size, self.size)
-        if x.shape != shape or len(x) == 0 or not x.is_floating_point():
+        if len(x) == 0:
+            raise ValueError("x holds no images")
+        if x.shape != shape or not x.is_floating_point():
             raise ValueError(f"x must be {shape} float, not {tuple(x.shape)} {x.dtype}")
         if y is not None and (y.shape != x.shape[:1] or y.dtype != torch.int64):
             raise ValueError(f"y must be ({len(x)},) int64, not {tuple(y.shape)} {y.dtype}")
@@ -315,7 +318,7 @@ class Diffusion(nn.Module):
         if not (x.min() >= 0 and x.max() <= 1):  # NaN fails, too
             raise ValueError("x must lie in [0, 1]")
         if y is not None and not (y.min() >= 0 and y.max() <= self.n_classes):
-            raise ValueError(f"y must lie in 0..{self.n_classes}, the last one for no label")
+            raise ValueError(f"y must lie in 0..{self.n_classes}, where the last means no label")
         self.checked = True
 
 

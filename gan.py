@@ -15,9 +15,9 @@ Idea
   real, and backpropagation carries that on to G's weights. D and G take turns. If even the best D
   can do no better than flip a coin, fakes are distributed like the data.
   Sampling takes one pass, and samples are usually sharp, because D would notice a blur.
-  The price: how probable an image is remains unknown, and no loss falls as fakes get better. It is
-  a game of two players. It may go round in circles, or one of them may win. Or G may collapse: any
-  fake that fools D is good enough, so G may make only a few kinds of digits and leave out the
+  The price: we cannot tell how probable a given image is, and no loss falls as fakes get better. It
+  is a game of two players. It may go round in circles, or one of them may win. Or G may collapse:
+  any fake that fools D is good enough, so G may make only a few kinds of digits and leave out the
   others.
 
 Maths
@@ -39,22 +39,22 @@ Maths
   is almost 0 (it saturates), while the slope of the g_loss above, -(1 - sigmoid(D)), is almost -1.
   So a fake that D rejects still gets a gradient.
   r1 = E |dD(x)/dx|^2 over real x: this penalty keeps D nearly flat around real images, so that
-  fakes that get there stay. Without it, the slope of D pushes them past the data; then D turns its
-  slope round and pushes them back, and so on.
+  fakes that get there stay. Without it, the slope of D pushes them past the data; then D's slope
+  reverses and pushes them back, and so on.
   Sampling. Draw z, then x = G(z).
-  Labels. With --class-cond, G adds an embedding of the label to z, and D outputs one logit for each
-  label, of which the one for the given label is used. In training, one label in ten is replaced by
-  "no label", which has an embedding and a logit of its own.
+  Labels. With --class-cond, G adds an embedding of the label to z, and D outputs one logit per
+  label; the one for the given label is used. In training, one label in ten is replaced by "no
+  label", which has an embedding and a logit of its own.
 
 Shapes
   x (B, 1, 28, 28) in [0, 1] outside, in [-1, 1] inside; z (B, z_dim); logits of D (B,). size: a
   multiple of 4, because G doubles the side of a small image twice.
 
 What to expect
-  train loss is d_loss (with the penalty) + g_loss. d_real and d_fake are the means of sigmoid(D)
-  over test digits and over fakes. Neither loss keeps falling, because the opponent improves, too:
-  judge by the samples. If D could only guess, d_loss would be 2 log 2 = 1.386 and g_loss log 2 =
-  0.693. If d_loss nears 0, G has lost; if fakes look alike, G has collapsed.
+  The train loss is d_loss (with the penalty) + g_loss. d_real and d_fake are the means of
+  sigmoid(D) over test digits and over fakes. Neither loss keeps falling, because the opponent
+  improves, too: judge by the samples. If D could only guess, d_loss would be 2 log 2 = 1.386 and
+  g_loss log 2 = 0.693. If d_loss nears 0, G has lost; if fakes look alike, G has collapsed.
 """
 
 import argparse
@@ -122,7 +122,7 @@ class GAN(nn.Module):
         super().__init__()
         if min(channels, z_dim) < 1 or n_classes < 0 or not 0 <= gamma < math.inf:
             raise ValueError(
-                "channels and z_dim must be at least 1, gamma and n_classes at least 0"
+                "channels and z_dim must be at least 1, gamma (finite) and n_classes at least 0"
             )
         if size < 4 or size % 4 != 0:
             raise ValueError(f"size must be a multiple of 4, not {size}")
@@ -134,7 +134,7 @@ class GAN(nn.Module):
         self.discriminator = Discriminator(channels, size, n_classes)
 
     def labels(self, n, y):
-        """y (n,) itself or, if y is None, n times "no label"."""
+        """Returns y (n,) or, if y is None, n times "no label"."""
         if y is None:
             y = torch.full((n,), self.n_classes, device=self.generator.label.weight.device)
         return y
@@ -149,15 +149,15 @@ class GAN(nn.Module):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> the discriminator's loss, metrics."""
         self.check(x, y)
         y = self.labels(len(x), y)
-        if self.training:  # hide 1 label in 10, to draw without one as well
+        if self.training:  # hide 1 label in 10, to learn to draw without labels, too
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         with torch.no_grad():  # it is not the generator's turn
             x_fake = self(y)
         x = (2 * x - 1).requires_grad_()
         real = self.discriminator(x, y)
         fake = self.discriminator(x_fake, y)
-        # r1 = E |dD(x)/dx|^2. D(x_b) depends on x_b alone, so row b of the gradient of their sum is
-        # the gradient of D(x_b)
+        # r1 = E |dD(x)/dx|^2. D(x_b) depends on x_b alone, so row b of the gradient of sum_b D(x_b)
+        # is the gradient of D(x_b). create_graph, as r1 is differentiated, too.
         slope = torch.autograd.grad(real.sum(), x, create_graph=True)[0]
         r1 = slope.square().sum() / len(x)
         # -log sigmoid(a) = softplus(-a) and -log(1 - sigmoid(a)) = softplus(a), which, unlike the
@@ -168,9 +168,9 @@ class GAN(nn.Module):
         return loss, {"d_loss": loss.detach(), "d_real": d_real, "d_fake": d_fake}
 
     def g_loss(self, x, y=None):
-        """The generator's loss on len(x) fakes with the labels y (B,) or None, metrics."""
+        """-> the generator's loss on len(x) fakes with labels y (B,) or None; metrics."""
         y = self.labels(len(x), y)
-        if self.training:  # hide 1 label in 10, to draw without one as well
+        if self.training:  # hide 1 label in 10, to learn to draw without labels, too
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         loss = F.softplus(-self.discriminator(self(y), y)).mean()
         return loss, {"g_loss": loss.detach()}
@@ -193,7 +193,7 @@ class GAN(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images -> {name: pictures}:
 
-        interpolation  (10 N, 1, H, W): N rows, each from one fake to the next; only N counts of x
+        interpolation  (10 N, 1, H, W): N rows, each from one fake to the next; of x, only N matters
         """
         a = torch.randn(len(x), 1, self.z_dim, device=x.device)
         b = a.roll(-1, 0)  # the z of the next fake
@@ -210,7 +210,9 @@ class GAN(nn.Module):
         Reading values means waiting for the GPU, so on a GPU only the first batch is checked.
         """
         shape = (len(x), 1, self.size, self.size)
-        if x.shape != shape or len(x) == 0 or not x.is_floating_point():
+        if len(x) == 0:
+            raise ValueError("x holds no images")
+        if x.shape != shape or not x.is_floating_point():
             raise ValueError(f"x must be {shape} float, not {tuple(x.shape)} {x.dtype}")
         if y is not None and (y.shape != x.shape[:1] or y.dtype != torch.int64):
             raise ValueError(f"y must be ({len(x)},) int64, not {tuple(y.shape)} {y.dtype}")
@@ -219,7 +221,7 @@ class GAN(nn.Module):
         if not (x.min() >= 0 and x.max() <= 1):  # NaN fails, too
             raise ValueError("x must lie in [0, 1]")
         if y is not None and not (y.min() >= 0 and y.max() <= self.n_classes):
-            raise ValueError(f"y must lie in 0..{self.n_classes}, the last one for no label")
+            raise ValueError(f"y must lie in 0..{self.n_classes}, where the last means no label")
         self.checked = True
 
 

@@ -235,7 +235,9 @@ class PixelRNN(nn.Module):
         Reading values means waiting for the GPU, so on a GPU only the first batch is checked.
         """
         shape = (len(x), 1, self.size, self.size)
-        if x.shape != shape or len(x) == 0 or not x.is_floating_point():
+        if len(x) == 0:
+            raise ValueError("x holds no images")
+        if x.shape != shape or not x.is_floating_point():
             raise ValueError(f"x must be {shape} float, not {tuple(x.shape)} {x.dtype}")
         if y is not None and (y.shape != x.shape[:1] or y.dtype != torch.int64):
             raise ValueError(f"y must be ({len(x)},) int64, not {tuple(y.shape)} {y.dtype}")
@@ -244,7 +246,7 @@ class PixelRNN(nn.Module):
         if not (x.min() >= 0 and x.max() <= 1):  # NaN fails, too
             raise ValueError("x must lie in [0, 1]")
         if y is not None and not (y.min() >= 0 and y.max() <= self.n_classes):
-            raise ValueError(f"y must lie in 0..{self.n_classes}, the last one for no label")
+            raise ValueError(f"y must lie in 0..{self.n_classes}, where the last means no label")
         self.checked = True
 
 

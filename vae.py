@@ -1,4 +1,4 @@
-"""VAE: compress images into 32 noisy numbers near a Gaussian, so that random ones decode to digits.
+"""VAE: compress images into 32 Gaussian numbers, so that random numbers decode to digits, too.
 
     python vae.py
 
@@ -9,20 +9,21 @@ train section); evaluation with a running average of the weights (EMA).
 
 Idea
   Think of an image as made in two steps. First a code z, 32 random numbers, decides what to draw:
-  which digit, how slanted, how bold. Then a network, the decoder, turns z into the probability of
-  each pixel to be white. Given z, pixels are independent, so p(x | z) is the product of their
-  probabilities. z is called latent, as it is never observed. Its fixed distribution p(z), a
-  standard Gaussian, is called the prior.
+  which digit, how slanted, how bold. Then a network, the decoder, turns z into the probability that
+  each pixel is white. Given z, pixels are independent, so p(x | z) is the product of the
+  probabilities of their values. z is called latent, as it is never observed. Its fixed distribution
+  p(z), a standard Gaussian, is called the prior.
   Training should make real images probable. p(x) is the average of p(x | z) over z drawn from the
   prior. But for a given x almost every random z draws something quite different, so it would be
   hopeless to estimate this average from random z. So a second network, the encoder, says for each x
-  which z are likely to have made it: a Gaussian q(z | x), far narrower than the prior in the
-  numbers that matter. The decoder is then trained on z that could have made x.
+  which z are likely to have made it: a Gaussian q(z | x), far narrower than the prior, at least in
+  those of the 32 numbers that the decoder uses. The decoder is then trained on z that could have
+  made x.
   Encode, then rebuild: that is an autoencoder, with noise on the code and with a price. The encoder
   pays for every bit by which q(z | x) is more precise than p(z). So it spends bits only where each
-  improves the rebuilt image by more than it costs. The price also keeps the codes of all images
-  together near the prior, so that a z drawn from the prior decodes to a digit. Sampling takes one
-  pass, and similar z give similar images.
+  improves the rebuilt image by more than it costs. The price also keeps the distribution of all
+  images' codes close to the prior, so that a z drawn from the prior decodes to a digit. Sampling
+  takes one pass, and similar z give similar images.
   What we pay for that: we only get a bound on p(x), and whatever z leaves open comes out as a blur,
   because pixels do not know of each other.
 
@@ -35,9 +36,9 @@ Maths
   The inequality holds because log is concave: the log of a mean is at least the mean of the logs.
   ELBO is short for evidence lower bound. KL(q || p) = E_q[log q - log p], never negative, says how
   far q is from p, in nats (natural logarithms; a nat is 1.44 bits).
-  How much does the inequality lose? The posterior p(z | x) says how probable each z is once x is
-  known. As p(x | z) p(z) = p(z | x) p(x), the loss is KL( q(z | x) || p(z | x) ): nothing, if q is
-  the posterior.
+  How large is the gap between the two sides? The posterior p(z | x) says how probable each z is
+  once x is known. As p(x | z) p(z) = p(z | x) p(x), the gap is KL( q(z | x) || p(z | x) ), which is
+  0 if q is the posterior.
   What is minimised is neg_elbo = recon + kl:
       recon = -E_q[ sum_i log p(x_i | z) ]   with p(x_i = 1 | z) = sigmoid(logits_i),
               estimated from one draw of z for each image
@@ -175,7 +176,7 @@ class VAE(nn.Module):
         return [weight for block in blocks for weight in block.parameters() if weight.ndim > 1]
 
     def loss(self, x, y=None):
-        """x (B, 1, H, W) in [0, 1], y (B,) or None -> what to minimise, -ELBO, and its parts."""
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> -ELBO, which is minimised; its parts."""
         self.check(x, y)
         x = torch.bernoulli(x)
         if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well
@@ -190,8 +191,8 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def bound(self, x, y=None, k=64):
-        """-> iwae, minus the importance-weighted bound on log p(x) from k draws, in nats/image;
-        and the metrics of loss with iwae added."""
+        """Returns iwae, the negative of the importance-weighted bound on log p(x) from k draws, in
+        nats/image, and the metrics of loss together with iwae."""
         x = torch.bernoulli(x)
         _, metrics = self.loss(x, y)  # binarises x again, which changes nothing
         mu, logvar = self.encode(x, y)
@@ -201,7 +202,7 @@ class VAE(nn.Module):
             z = mu + (0.5 * logvar).exp() * eps
             logits = self.decode(z, y)
             nll = F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
-            # log w = log p(z) - log q(z | x) + log p(x | z), where both log(2 pi) cancel
+            # log w = log p(z) - log q(z | x) + log p(x | z), whose log(2 pi) cancel
             log_w.append(0.5 * (eps**2 + logvar - z**2).sum(1) - nll)  # (B,)
         # iwae = -log mean_k w
         iwae = math.log(k) - torch.stack(log_w).logsumexp(0).mean()
@@ -218,7 +219,7 @@ class VAE(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images -> {name: pictures}:
 
-        reconstruction  (2 N, 1, H, W): rows of ten images, each above its reconstructions
+        reconstruction  (2 N, 1, H, W): rows of ten images, their reconstructions below each
         interpolation   (10 N, 1, H, W): a row from the z of each image to that of the next
         """
         x = torch.bernoulli(x)
@@ -241,7 +242,9 @@ class VAE(nn.Module):
         Reading values means waiting for the GPU, so on a GPU only the first batch is checked.
         """
         shape = (len(x), 1, self.size, self.size)
-        if x.shape != shape or len(x) == 0 or not x.is_floating_point():
+        if len(x) == 0:
+            raise ValueError("x holds no images")
+        if x.shape != shape or not x.is_floating_point():
             raise ValueError(f"x must be {shape} float, not {tuple(x.shape)} {x.dtype}")
         if y is not None and (y.shape != x.shape[:1] or y.dtype != torch.int64):
             raise ValueError(f"y must be ({len(x)},) int64, not {tuple(y.shape)} {y.dtype}")
@@ -250,7 +253,7 @@ class VAE(nn.Module):
         if not (x.min() >= 0 and x.max() <= 1):  # NaN fails, too
             raise ValueError("x must lie in [0, 1]")
         if y is not None and not (y.min() >= 0 and y.max() <= self.n_classes):
-            raise ValueError(f"y must lie in 0..{self.n_classes}, the last one for no label")
+            raise ValueError(f"y must lie in 0..{self.n_classes}, where the last means no label")
         self.checked = True
 
 

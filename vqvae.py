@@ -1,4 +1,4 @@
-"""VQ-VAE: write an image as a grid of 7 x 7 symbols out of 64, and learn which go together.
+"""VQ-VAE: write an image as 7 x 7 symbols from an alphabet of 64, and learn which go together.
 
     python vqvae.py
 
@@ -12,17 +12,17 @@ evaluation with a running average of the weights (EMA).
 
 Idea
   A VAE (see vae.py) describes an image by 32 real numbers, and fixes in advance how such numbers
-  are distributed: the prior. Here the description is 49 symbols, each one of 64, and the prior is
-  learned. Written language works like this: a small alphabet, and rules for which letters follow
-  which.
+  are distributed: the prior. Here the description is 49 symbols from an alphabet of 64, and the
+  prior is learned. Written language works like this: a small alphabet, and rules for which letters
+  follow which.
   An encoder turns the image into a vector z_e for each of 7 x 7 positions. Each z_e is replaced by
   the nearest of 64 learned vectors, which together are the codebook. The index of that vector is
   the code of the position; the vector itself is called z_q. A decoder rebuilds the image from the
   z_q alone, so the codes have to keep what matters. The prior is a transformer (the block of
   transformer.py) that learns to predict each code from those before it, row by row.
-  To sample, draw 49 codes from the prior, one by one, and decode them once: a short sequence takes
-  the place of 784 pixels. Without the prior, from codes drawn uniformly, the decoder would draw
-  scribbles.
+  To sample, draw 49 codes from the prior, one by one, then decode all of them in one pass. So only
+  49 values are drawn in sequence, not 784. Without the prior, from codes drawn uniformly, the
+  decoder would draw scribbles.
   The price: the codes that rebuild an image best are not the easiest to predict, so the two models
   have to be balanced; the choice of the nearest vector has no gradient; and vectors may fall out of
   use.
@@ -40,15 +40,17 @@ Maths
       loss = recon + |sg(z_e) - z_q|^2 + beta |z_e - sg(z_q)|^2 + prior + rate_weight * rate
   recon trains the decoder and the encoder. The choice of the nearest vector has no useful gradient,
   so the gradient of recon with respect to z_q is handed to z_e unchanged (straight-through). That
-  is a good approximation as long as the two are close, which is what the commitment is for.
+  is a good approximation as long as z_e and z_q are close, which the commitment term, below, sees
+  to.
   |sg(z_e) - z_q|^2 trains the codebook: each vector moves towards the mean of the z_e that chose
   it.
   |z_e - sg(z_q)|^2, the commitment, trains the encoder to stay near the vectors that it chooses.
   prior trains the transformer alone, as no gradient leads from the codes to the encoder.
-  rate gives the encoder such a gradient. Without it, the encoder would use whatever codes rebuild
-  the image best, however hard they are to predict: up to 49 log 64 = 204 nats. Imagine that code k,
-  with vector e_k, were chosen at random, with a probability that falls with the distance from z_e_i
-  to e_k. The mean cost of position i would be
+  rate supplies what is missing: a gradient that tells the encoder which codes are predictable.
+  Without it, the encoder would use whatever codes rebuild the image best, however hard they are to
+  predict: up to 49 log 64 = 204 nats. Imagine that code k, with vector e_k, were chosen at random,
+  with a probability that falls with the distance from z_e_i to e_k. The expected cost of position i
+  would be
       rate_i = -sum_k softmax_k(-|z_e_i - sg(e_k)|^2) sg(log p(k | codes_<i)),  rate = sum_i rate_i.
   Its gradient moves z_e towards codes that the prior expects, wherever two vectors are about
   equally near. (It ignores how a code affects the prediction of the codes after it.)
@@ -70,10 +72,10 @@ Shapes
 
 What to expect
   recon, prior and neg_elbo are in nats per image: summed over pixels or codes, averaged over
-  images. commit is the squared distance |z_e - z_q|^2 of an image; a slow growth is normal.
+  images. commit is the squared distance |z_e - z_q|^2 of an image; slow growth is normal.
   perplexity is the effective number of codes in use, exp of the entropy of their shares in a batch:
-  64 if all are used equally often, 1 if only one is. Below about 10, most of the codebook is
-  unused.
+  64 if all are used equally often, 1 if only one is. Below about 10, most of the codebook is hardly
+  used.
 """
 
 import argparse
@@ -199,9 +201,9 @@ class VQVAE(nn.Module):
             conv3x3(channels, 4),
             nn.PixelShuffle(2),  # -> (B, 1, 28, 28)
         )
-        # Added to the encoder's output, which it dwarfs at first. So the code then depends almost
-        # only on the position, and all codes are used from the start. As the encoder's output
-        # grows, the image takes over.
+        # Added to the encoder's output, and at first much larger than that: the code then depends
+        # almost only on the position, and all codes are used from the start. As the encoder's
+        # output grows, the image takes over.
         self.offset = nn.Parameter(10 * torch.randn(self.side**2, code_dim))
         self.codebook = nn.Parameter(torch.zeros(n_codes, code_dim))  # the first batch will fill it
         # How often each vector is used, where 1 is the average. It starts so low that the first
@@ -239,13 +241,13 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def restart(self, z_e):
-        """Move each vector of the codebook that is hardly used to one of z_e (B, 49, code_dim)."""
+        """Move each rarely used vector of the codebook onto one of the z_e (B, 49, code_dim)."""
         codes = self.distance(z_e).argmin(2)
         # a running average: an unused vector falls from 1 to 0.02 in about 390 batches
         self.usage.lerp_(self.usage_of(codes) * self.n_codes, 0.01)
         dead = self.usage < 0.02  # (n_codes,)
         z_e = z_e.flatten(0, 1)  # (49 B, code_dim)
-        # one for each vector, dead or not: counting the dead would make the CPU wait for the GPU
+        # one for every vector, even if not dead: to count the dead, the CPU would wait for the GPU
         candidates = z_e[torch.randint(len(z_e), dead.shape, device=dead.device)]
         self.codebook.copy_(torch.where(dead[:, None], candidates, self.codebook))
         self.usage.masked_fill_(dead, 1)
@@ -253,7 +255,7 @@ class VQVAE(nn.Module):
     def tokens(self, codes, y, start, end):
         """Tokens i = start, ..., end - 1, as (B, end - start, n_embd).
 
-        Token i is made from the code before code i, the position i and y.
+        Token i is the sum of embeddings of code i - 1, of position i, and of y.
         """
         # moved right by one: "no code yet" comes first, the last code drops out
         before = F.pad(codes, (1, -1), value=self.n_codes)[:, start:end]
@@ -295,7 +297,7 @@ class VQVAE(nn.Module):
 
     def hidden_weights(self):
         """The weights that Muon trains: the matrices in the prior's blocks, and the convolutions of
-        encoder and decoder with as many input as output channels."""
+        encoder and decoder that have equal numbers of input and output channels."""
         convolutions = []
         for layer in [*self.encoder, *self.decoder]:
             if isinstance(layer, nn.Conv2d) and layer.in_channels == layer.out_channels:
@@ -311,7 +313,7 @@ class VQVAE(nn.Module):
         z_e, codes, distance, logits, code_logits = self(x, y)
         # recon = -log p(x | codes)
         recon = F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
-        # like codebook[codes], but with a gradient that is the same in each run, also on a CPU
+        # like codebook[codes], but on a CPU its gradient is summed in the same order each time
         z_q = F.embedding(codes, self.codebook)  # (B, 49, code_dim)
         # codebook = |sg(z_e) - z_q|^2, commit = |z_e - sg(z_q)|^2, where sg stops the gradient:
         # equal in value, but one moves the vectors, the other moves the encoder
@@ -330,7 +332,7 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n, y=None, top=None, guidance=1.0):
-        """Draw codes from the prior -> n images (n, 1, H, W) of the probabilities they decode to.
+        """Draw codes from the prior and decode them -> (n, 1, H, W), the probabilities of pixels.
 
         y:        (n,) labels, or None
         top:      (n, k) the first k codes, or None to draw them as well
@@ -359,10 +361,10 @@ class VQVAE(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images -> {name: pictures}:
 
-        reconstruction  (3 N, 1, H, W): rows of ten images, of their codes as greys, of what these
-                        decode to
-        completion      (60, 1, H, W): ten images, their first three rows of codes, four draws of
-                        the others
+        reconstruction  (3 N, 1, H, W): in turn, a row of ten images, one of their codes as greys,
+                        and one of what these decode to
+        completion      (60, 1, H, W): ten images; their first three rows of codes; four rows of
+                        images, for which the other codes are drawn
         interpolation   (10 N, 1, H, W): a row from the z_e of each image to that of the next
         """
         x = torch.bernoulli(x)
@@ -376,7 +378,7 @@ class VQVAE(nn.Module):
 
         n_rows = side // 2  # of codes that are given
         upper = maps[:10].clone()
-        upper[:, :, 4 * n_rows :] = 0.5
+        upper[:, :, 4 * n_rows :] = 0.5  # grey: not given
         top = codes[:10, : n_rows * side].repeat(4, 1)
         completion = torch.cat([x[:10], upper, self.sample(len(top), top=top)])
 
@@ -399,7 +401,9 @@ class VQVAE(nn.Module):
         Reading values means waiting for the GPU, so on a GPU only the first batch is checked.
         """
         shape = (len(x), 1, self.size, self.size)
-        if x.shape != shape or len(x) == 0 or not x.is_floating_point():
+        if len(x) == 0:
+            raise ValueError("x holds no images")
+        if x.shape != shape or not x.is_floating_point():
             raise ValueError(f"x must be {shape} float, not {tuple(x.shape)} {x.dtype}")
         if y is not None and (y.shape != x.shape[:1] or y.dtype != torch.int64):
             raise ValueError(f"y must be ({len(x)},) int64, not {tuple(y.shape)} {y.dtype}")
@@ -408,7 +412,7 @@ class VQVAE(nn.Module):
         if not (x.min() >= 0 and x.max() <= 1):  # NaN fails, too
             raise ValueError("x must lie in [0, 1]")
         if y is not None and not (y.min() >= 0 and y.max() <= self.n_classes):
-            raise ValueError(f"y must lie in 0..{self.n_classes}, the last one for no label")
+            raise ValueError(f"y must lie in 0..{self.n_classes}, where the last means no label")
         self.checked = True
 
 

@@ -137,7 +137,7 @@ def test_wrong_images_and_labels_are_refused(name):
             model.loss(x)
     shapes = good[..., :8], good[:, 0], good.expand(4, 3, 16, 16), torch.rand(4, 1, 28, 28)
     for x in (*shapes, good[:0], good.round().byte(), good > 0.5):
-        with pytest.raises(ValueError, match="x must be"):
+        with pytest.raises(ValueError, match="x must be|x holds no"):
             model.loss(x)
     with pytest.raises(ValueError, match=r"0\.\.10"):
         model.loss(good, torch.tensor([0, 1, 2, 11]))
