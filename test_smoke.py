@@ -4,6 +4,7 @@ python -m pytest -q test_smoke.py      # a minute; python -m pytest -q also runs
 """
 
 import csv
+import importlib
 import os
 import re
 import runpy
@@ -108,6 +109,34 @@ def test_readme_commands(monkeypatch, capsys, tmp_path):
         run(monkeypatch, capsys, name, *flags)
         ran += 1
     assert ran > 5
+
+
+def test_things_to_try(tmp_path):
+    """The README's commands of each model are understood, and its broken lines stand in the script.
+
+    A broken variant is a model that still trains: loss and gradients are finite.
+    """
+    readme = (ROOT / "README.md").read_text()
+    n_commands = 0
+    n_broken = 0
+    for name, text in re.findall(r"^### (\w+)\.py\n(.*?)(?=^##)", readme, re.M | re.S):
+        module = importlib.import_module(name)
+        for flags in re.findall(rf"`python {name}\.py ([^`]*)`", text):
+            module.parse_args(shlex.split(flags))
+            n_commands += 1
+        for old, new in re.findall(r"`([^`]+)` becomes\s+`([^`]+)`", text):
+            script = (ROOT / f"{name}.py").read_text()
+            assert script.count(old) == 1, old
+            path = tmp_path / f"{name}.py"
+            path.write_text(script.replace(old, new))
+            broken = runpy.run_path(str(path))["Model"]()
+            loss, _ = broken.loss(torch.rand(2, 1, 28, 28))
+            loss.backward()
+            assert loss.isfinite()
+            assert all(w.grad.isfinite().all() for w in broken.parameters() if w.grad is not None)
+            n_broken += 1
+    assert n_commands >= 3
+    assert n_broken >= 3
 
 
 def test_readme_code_runs(monkeypatch, capsys, tmp_path):
