@@ -152,7 +152,7 @@ def test_readme_code_runs(monkeypatch, capsys, tmp_path):
     model = made.MADE(hidden=20)
     space = {"model": model, "images": images}
     exec(given.replace("64", "4"), space)
-    assert torch.equal(space["lower_halves_drawn"][:, :, :14], images[:, :, :14])
+    assert torch.equal(space["whole_images"][:, :, :14], images[:, :, :14])
 
     space = {"batches": [(images, torch.arange(4))]}
     exec(train.replace("sample(64)", "sample(2)"), space)
@@ -166,7 +166,7 @@ def test_readme_code_runs(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(diffusion, "main", lambda flags: space.update(flags=flags))
     exec(notebook)
-    assert space["flags"] == ["--epochs", "1"]
+    assert space["flags"] == ["--epochs", "1", "--out-dir", "out/notebook"]
 
 
 def test_readme_trains_with_two_processes(tmp_path):

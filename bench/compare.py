@@ -47,7 +47,7 @@ from common import load_mnist, save_images
 
 GREY = "gan", "diffusion"
 START, END = "<!-- bench/compare.py writes from here -->\n", "<!-- to here -->\n"
-SHORT = "model", "nats", "s/epoch", "100 in", "ratio", "digits"  # columns in README.md
+SHORT = "model", "epochs", "nats", "s/epoch", "100 in", "ratio", "digits"  # columns in README.md
 LONG = ("model", "parameters", "epochs", "s/epoch", "nats", "-ELBO", "bits/dim", "100 in",
         "Frechet", "ratio", "KID", "precision", "recall", "brightness", "digits",
         "labels")  # fmt: skip
@@ -233,6 +233,7 @@ def contact_sheet(rows):
         canvas.paste(0, (0, 30 * i + 2, 70, 30 * i + 30))
         ImageDraw.Draw(canvas).text((4, 30 * i + 10), name, fill=255)
         canvas.paste(Image.open(path).convert("L").crop((0, 0, 302, 30)), (72, 30 * i))
+    canvas = canvas.resize((2 * canvas.width, 2 * canvas.height), Image.Resampling.NEAREST)
     return torch.tensor(np.array(canvas))[None, None] / 255
 
 

@@ -84,7 +84,7 @@ def test_compare_fills_the_readme_and_goes_on(monkeypatch, tmp_path):
     assert rows[2]["epochs"] == "3" and rows[2]["s/epoch"].strip("*") == "3"
     assert 0 < float(rows[2]["brightness"]) < 1
     with Image.open("assets/samples.png") as samples, Image.open("assets/progress.gif") as progress:
-        assert samples.size == (374, 92)
+        assert samples.size == (748, 184)
         assert progress.n_frames > 1
     assert Path("assets/codes.gif").stat().st_size < 1_000_000
     monkeypatch.setattr(compare, "measure", None)  # all is kept but the times
