@@ -81,7 +81,7 @@ def _unpack(path, md5, unpacked_md5):
     except (OSError, EOFError, zlib.error) as error:
         raise OSError(f"{path} is damaged ({error}): delete it to download it again") from error
     if _md5(packed) != md5 and _md5(data) != unpacked_md5:
-        raise OSError(f"{path} holds other data than the original: move it to download that")
+        raise OSError(f"{path} does not hold the original data: move it away to download that")
     return data
 
 
@@ -130,7 +130,7 @@ def save_images(images, path):
     .png  (N, 1, H, W): a grid, ten images per row
     .gif  (T, N, 1, H, W): an animation of such grids, in 16 greys. It loops, and pauses on its last
           frame. Only every second, third, ... frame is shown if all would exceed 1 MB
-    .npy  (N, 1, H, W): an array uint8 (N, H, W), 0 to 255
+    .npy  (N, 1, H, W): a uint8 array (N, H, W), 0 to 255
 
     The folder is created, and a file of that name is replaced atomically.
     Raises ValueError for another suffix or shape, for NaN and for values outside [0, 1]

@@ -5,8 +5,8 @@
 Goodfellow et al. 2014, arXiv:1406.2661; convolutions: DCGAN, Radford et al. 2015, arXiv:1511.06434;
 the penalty r1: Mescheder et al. 2018, arXiv:1801.04406. Main differences from DCGAN: layer norm in
 the generator and no norm in the discriminator, instead of batch norm; the r1 penalty; one more
-convolution at each resolution; labels; no momentum in AdamW (see make_optimizers); evaluation with
-a running average of the weights (EMA) of both networks.
+convolution in each network, at 7 x 7; labels; no momentum in AdamW (see make_optimizers);
+evaluation with a running average of the weights (EMA) of both networks.
 
 Idea
   The generator G turns random numbers z into an image, a fake. It never sees a digit. The
@@ -207,7 +207,8 @@ class GAN(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        Reading values means waiting for the GPU, so on a GPU only the first batch is checked.
+        Reading values means waiting for the GPU. So on a GPU, values are checked in the first batch
+        only; shapes and types always.
         """
         shape = (len(x), 1, self.size, self.size)
         if len(x) == 0:
@@ -373,7 +374,7 @@ def draw_samples(model, n, args, chunk=500):
 
 def set_seed(seed, epoch=0):
     """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # far more than there are epochs, so that two seeds share none; % keeps it in torch's range
+    # 1_000_003 is far more than there are epochs, so no two seeds meet; % keeps to torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
@@ -420,7 +421,7 @@ def save_checkpoint(checkpoint, path, new=False):
 
 
 def load_checkpoint(path, resume):
-    """Load a dictionary of make_checkpoint; to draw samples, config and model are enough."""
+    """Load a dictionary made by make_checkpoint; to draw samples, config and model are enough."""
     needed = {"config", "model"}
     if resume:
         needed |= {"settings", "model_in_training", "optimizers", "log"}

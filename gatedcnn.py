@@ -18,8 +18,8 @@ Idea
   sides. The horizontal stack h reads the row itself, left of the pixel, and takes in the features
   of v at each layer. h makes the predictions. Nothing goes from h to v, so v never learns about the
   row that is being predicted.
-  The second idea is gating. For each channel, a layer computes a value, by a tanh in (-1, 1), and a
-  gate, by a sigmoid in (0, 1), and passes on their product. So it can pass, weaken or block each
+  The second idea is gating. For each channel, a layer computes a value in (-1, 1), by a tanh, and a
+  gate in (0, 1), by a sigmoid, and passes on their product. So it can pass, weaken or block each
   channel, depending on what it sees.
 
 Maths
@@ -31,9 +31,10 @@ Maths
   the binary cross-entropy of one pixel. Averaged over the data, nll is the entropy of the data,
   which no model can change, plus KL(data || model), which measures how far the model is from the
   data: 0 if the two distributions are equal, positive otherwise.
-  In a layer, vertical and horizontal are convolutions, v_to_h and out are linear. Each has an
-  output of two halves: values and gates, which gated(pair) = tanh(values) * sigmoid(gates)
-  combines, or, for out, the change of h and the skip:
+  In a layer, vertical and horizontal are convolutions, v_to_h and out are linear. The output of
+  each has two halves. For out, these are the change of h and the skip. For the others they are
+  values and gates, which are combined by gated(pair) = tanh(values) * sigmoid(gates) (`activate` in
+  the code):
       pair = vertical(v)
       mix = gated(horizontal(h) + v_to_h(pair))
       change, skip = out(mix)
@@ -44,10 +45,10 @@ Maths
   and the rows above, to both sides. That is safe: everywhere in the row of X, even to the right of
   X, v knows only rows above X. h starts from a copy that is moved right by one pixel. Its kernels,
   1 x (k // 2 + 1), read their own place and those to the left. If kernels with k = 5 read these
-  copies directly, they would see of the image itself:
-        v v v v v      The three rows of v end above X, because the copy of v is moved down.
-        v v v v v      The three places of h end left of X, because the copy of h is moved
-        v v v v v      right.
+  copies directly, this is what they would see of the image before it was moved:
+        v v v v v      The three rows of v end above X, because v's copy is moved down. The
+        v v v v v      three places of h end left of X, because h's copy is moved right.
+        v v v v v
       h h h X
   No blind spot. A layer of v reads its own row to both sides, so each layer widens the view in the
   row just above X, too. By default a first convolution reads the image, 4 x 7 for v and 1 x 3 for
@@ -65,8 +66,8 @@ Maths
   would draw the same image every time, a blank one: after black pixels, black is likelier.
   Labels. With --class-cond, an embedding of the label is added to every vector of v after its first
   convolution. One training image in ten gets that of "no label" instead, so that one model learns
-  both p(x | y) and p(x). (Without --class-cond, all images do.) With guidance > 1, sample()
-  exaggerates what the label adds:
+  both p(x | y), where y is the label, and p(x). (Without --class-cond, all images do.) With
+  guidance > 1, sample() exaggerates what the label adds:
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
@@ -173,7 +174,8 @@ class GatedPixelCNN(nn.Module):
         # moves it down by one, and -1 crops its last row.
         v = self.stem_v(F.pad(x, (3, 3, 4, -1))).movedim(1, 3)  # (B, H, W, channels)
         pos_emb = self.row + self.col  # (H, W, channels)
-        v = v + (pos_emb + self.embed(x, y)[:, None, None]).type_as(v)  # so that it stays bfloat16
+        # type_as: under autocast v is bfloat16, and adding float32 would make it float32
+        v = v + (pos_emb + self.embed(x, y)[:, None, None]).type_as(v)
         # Likewise, for a kernel 3 wide, the 3rd column of zeros moves the image right by one.
         h = self.stem_h(F.pad(x, (3, -1))).movedim(1, 3) + self.stem_to_h(v)
         skips = 0
@@ -313,7 +315,8 @@ class GatedPixelCNN(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        Reading values means waiting for the GPU, so on a GPU only the first batch is checked.
+        Reading values means waiting for the GPU. So on a GPU, values are checked in the first batch
+        only; shapes and types always.
         """
         shape = (len(x), 1, self.size, self.size)
         if len(x) == 0:
@@ -434,8 +437,8 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # If the norm of the gradient is above 1, scale it down to 1. A loss summed over pixels has far
-    # larger gradients: all are then scaled to 1, and none dominates the optimizers' averages.
+    # If the norm of the gradient is above 1, scale it down to 1. In the scripts whose loss is a sum
+    # over pixels, it is always far above, so no single step dominates the optimizers' averages.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -535,7 +538,7 @@ def draw_samples(model, n, args, chunk=500):
 
 def set_seed(seed, epoch=0):
     """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # far more than there are epochs, so that two seeds share none; % keeps it in torch's range
+    # 1_000_003 is far more than there are epochs, so no two seeds meet; % keeps to torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
@@ -582,7 +585,7 @@ def save_checkpoint(checkpoint, path, new=False):
 
 
 def load_checkpoint(path, resume):
-    """Load a dictionary of make_checkpoint; to draw samples, config and model are enough."""
+    """Load a dictionary made by make_checkpoint; to draw samples, config and model are enough."""
     needed = {"config", "model"}
     if resume:
         needed |= {"settings", "model_in_training", "optimizers", "log"}

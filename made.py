@@ -11,7 +11,8 @@ Idea
   A generative model can draw new images, here handwritten digits of 28 x 28 = 784 pixels (MNIST).
   Many, including this one, can also say how probable a given image is. Both become easy if we treat
   an image as a sequence of pixels: predict the first pixel, then the second given the first, and so
-  on. Such a model is called autoregressive, and so are six of these ten scripts.
+  on. Such a model is called autoregressive; six of the ten scripts of this collection are of this
+  kind.
   So we want 784 predictions. A network with 784 inputs and 784 outputs could make them all at once,
   but it would cheat: output i would simply copy pixel i. MADE cuts every connection by which output
   i could learn about pixel i or a later one. That leaves 784 honest predictions, all made in one
@@ -63,8 +64,8 @@ Maths
   would draw the same image every time, a blank one: after black pixels, black is likelier.
   Labels. With --class-cond, the embedding of the label is added to the hidden units after the first
   layer (no pixel enters it, so the masks still hold). One training image in ten gets that of "no
-  label" instead, so that one model learns both p(x | y) and p(x). (Without --class-cond, all images
-  do.) With guidance > 1, sample() exaggerates what the label adds:
+  label" instead, so that one model learns both p(x | y), where y is the label, and p(x). (Without
+  --class-cond, all images do.) With guidance > 1, sample() exaggerates what the label adds:
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
@@ -112,7 +113,7 @@ class MaskedLinear(nn.Linear):
     def part(self, x, rows):
         """The outputs `rows` (a slice) from x (B, K), the first K inputs.
 
-        No mask is needed: these K must be exactly the inputs that the outputs may see.
+        The caller passes exactly the inputs that these outputs may see, so no mask is needed.
         """
         return F.linear(x, self.weight[rows, : x.shape[1]], self.bias[rows])
 
@@ -201,7 +202,8 @@ class MADE(nn.Module):
         return logits[:, 0].float()
 
     def hidden_weights(self):
-        """The weights that Muon trains: none, as its work on 1568 x 1568 would dwarf the rest."""
+        """The weights for Muon (see the train section): none, as its extra work on matrices of
+        1568 x 1568 would take far longer than all the rest."""
         return []
 
     def loss(self, x, y=None):
@@ -270,7 +272,8 @@ class MADE(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        Reading values means waiting for the GPU, so on a GPU only the first batch is checked.
+        Reading values means waiting for the GPU. So on a GPU, values are checked in the first batch
+        only; shapes and types always.
         """
         shape = (len(x), 1, self.size, self.size)
         if len(x) == 0:
@@ -391,8 +394,8 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # If the norm of the gradient is above 1, scale it down to 1. A loss summed over pixels has far
-    # larger gradients: all are then scaled to 1, and none dominates the optimizers' averages.
+    # If the norm of the gradient is above 1, scale it down to 1. In the scripts whose loss is a sum
+    # over pixels, it is always far above, so no single step dominates the optimizers' averages.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -492,7 +495,7 @@ def draw_samples(model, n, args, chunk=500):
 
 def set_seed(seed, epoch=0):
     """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # far more than there are epochs, so that two seeds share none; % keeps it in torch's range
+    # 1_000_003 is far more than there are epochs, so no two seeds meet; % keeps to torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
@@ -539,7 +542,7 @@ def save_checkpoint(checkpoint, path, new=False):
 
 
 def load_checkpoint(path, resume):
-    """Load a dictionary of make_checkpoint; to draw samples, config and model are enough."""
+    """Load a dictionary made by make_checkpoint; to draw samples, config and model are enough."""
     needed = {"config", "model"}
     if resume:
         needed |= {"settings", "model_in_training", "optimizers", "log"}

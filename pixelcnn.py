@@ -47,8 +47,9 @@ Maths
   of X can travel left only in a layer that also carries it down by at least one row. Such a layer
   carries it at most 3 columns to the left if it is the first layer, and at most 2 otherwise.
   Information from the row above X can go down only once, so this row is seen up to 3 columns to the
-  right of X. Information from n rows above can go down in up to n layers (7 at most, as there are
-  no more), so it is seen up to 3 + 2 (n - 1) = 2 n + 1 columns to the right:
+  right of X. Information from n rows above can go down in up to n layers. So, for n up to 7, the
+  number of layers, it is seen up to 3 + 2 (n - 1) = 2 n + 1 columns to the right, and from further
+  up also 15:
       # # # # # # # # # # # . . .     X is predicted from every #,
       # # # # # # # # # . . . . .     but from no dot. gatedcnn.py shows
       # # # # # X                     how to see those, too.
@@ -60,8 +61,8 @@ Maths
   would draw the same image every time, a blank one: after black pixels, black is likelier.
   Labels. With --class-cond, an embedding of the label is added to every pixel's vector after the
   first layer. One training image in ten gets that of "no label" instead, so that one model learns
-  both p(x | y) and p(x). (Without --class-cond, all images do.) With guidance > 1, sample()
-  exaggerates what the label adds:
+  both p(x | y), where y is the label, and p(x). (Without --class-cond, all images do.) With
+  guidance > 1, sample() exaggerates what the label adds:
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
@@ -96,7 +97,10 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------- model
 class MaskedConv2d(nn.Conv2d):
-    """A k x k convolution that ignores what comes after its centre; kind "A", the centre, too."""
+    """A k x k convolution that ignores what comes after its centre.
+
+    kind: "A" ignores the centre as well, "B" does not
+    """
 
     def __init__(self, n_in, n_out, k, kind):
         super().__init__(n_in, n_out, (k // 2 + 1, k))  # no rows below the centre
@@ -178,7 +182,8 @@ class PixelCNN(nn.Module):
     def forward(self, x, y=None):  # x (B, 1, H, W) in {0, 1} -> logits (B, 1, H, W)
         h = self.stem(F.pad(x, (3, 3, 3, 0))).movedim(1, 3)  # (B, H, W, 2 * channels)
         pos_emb = self.row + self.col  # (H, W, 2 * channels)
-        h = h + (pos_emb + self.embed(x, y)[:, None, None]).type_as(h)  # so that it stays bfloat16
+        # type_as: under autocast h is bfloat16, and adding float32 would make it float32
+        h = h + (pos_emb + self.embed(x, y)[:, None, None]).type_as(h)
         for block in self.blocks:
             h = block(h)
         return self.head(h.relu()).movedim(3, 1).float()
@@ -282,7 +287,8 @@ class PixelCNN(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        Reading values means waiting for the GPU, so on a GPU only the first batch is checked.
+        Reading values means waiting for the GPU. So on a GPU, values are checked in the first batch
+        only; shapes and types always.
         """
         shape = (len(x), 1, self.size, self.size)
         if len(x) == 0:
@@ -403,8 +409,8 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # If the norm of the gradient is above 1, scale it down to 1. A loss summed over pixels has far
-    # larger gradients: all are then scaled to 1, and none dominates the optimizers' averages.
+    # If the norm of the gradient is above 1, scale it down to 1. In the scripts whose loss is a sum
+    # over pixels, it is always far above, so no single step dominates the optimizers' averages.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -504,7 +510,7 @@ def draw_samples(model, n, args, chunk=500):
 
 def set_seed(seed, epoch=0):
     """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # far more than there are epochs, so that two seeds share none; % keeps it in torch's range
+    # 1_000_003 is far more than there are epochs, so no two seeds meet; % keeps to torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
@@ -551,7 +557,7 @@ def save_checkpoint(checkpoint, path, new=False):
 
 
 def load_checkpoint(path, resume):
-    """Load a dictionary of make_checkpoint; to draw samples, config and model are enough."""
+    """Load a dictionary made by make_checkpoint; to draw samples, config and model are enough."""
     needed = {"config", "model"}
     if resume:
         needed |= {"settings", "model_in_training", "optimizers", "log"}

@@ -58,8 +58,9 @@ Maths
   Each pixel is drawn at random with its predicted probability. Always taking the likelier value
   would draw the same image every time, a blank one: after black pixels, black is likelier.
   Labels. With --class-cond, an embedding of the label is added to every token. One training image
-  in ten gets that of "no label" instead, so that one model learns both p(x | y) and p(x). (Without
-  --class-cond, all images do.) With guidance > 1, sample() exaggerates what the label adds:
+  in ten gets that of "no label" instead, so that one model learns both p(x | y), where y is the
+  label, and p(x). (Without --class-cond, all images do.) With guidance > 1, sample() exaggerates
+  what the label adds:
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
@@ -139,8 +140,8 @@ class PixelRNN(nn.Module):
     def logits(self, tokens, cache):
         """Tokens (B, T, n_embd) -> logits (B, T). Updates each LSTM's (h, c) in the list cache."""
         total = tokens  # plus the h of each LSTM so far
-        # On CUDA, autocast runs an LSTM in float16 even if bfloat16 is asked for. Its range is too
-        # small, so the LSTMs stay in float32.
+        # On CUDA, autocast runs an LSTM in float16 even if bfloat16 is asked for. The range of
+        # float16 is too small, so the LSTMs stay in float32.
         with torch.autocast("cuda", enabled=False):
             for k, lstm in enumerate(self.layers):
                 h, cache[k] = lstm(F.layer_norm(total, total.shape[-1:]), cache[k])
@@ -232,7 +233,8 @@ class PixelRNN(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        Reading values means waiting for the GPU, so on a GPU only the first batch is checked.
+        Reading values means waiting for the GPU. So on a GPU, values are checked in the first batch
+        only; shapes and types always.
         """
         shape = (len(x), 1, self.size, self.size)
         if len(x) == 0:
@@ -353,8 +355,8 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # If the norm of the gradient is above 1, scale it down to 1. A loss summed over pixels has far
-    # larger gradients: all are then scaled to 1, and none dominates the optimizers' averages.
+    # If the norm of the gradient is above 1, scale it down to 1. In the scripts whose loss is a sum
+    # over pixels, it is always far above, so no single step dominates the optimizers' averages.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -454,7 +456,7 @@ def draw_samples(model, n, args, chunk=500):
 
 def set_seed(seed, epoch=0):
     """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # far more than there are epochs, so that two seeds share none; % keeps it in torch's range
+    # 1_000_003 is far more than there are epochs, so no two seeds meet; % keeps to torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
@@ -501,7 +503,7 @@ def save_checkpoint(checkpoint, path, new=False):
 
 
 def load_checkpoint(path, resume):
-    """Load a dictionary of make_checkpoint; to draw samples, config and model are enough."""
+    """Load a dictionary made by make_checkpoint; to draw samples, config and model are enough."""
     needed = {"config", "model"}
     if resume:
         needed |= {"settings", "model_in_training", "optimizers", "log"}

@@ -41,9 +41,9 @@ Maths
       attention_i = sum_{j <= i} w_ij v_j,   w_ij = softmax_j(q_i k_j / sqrt(d)) over j <= i
   Here q_i k_j is a dot product. The softmax makes the weights w_ij positive, summing to 1 for each
   i. Layer norm gives q and k a length of sqrt(d), so q_i k_j = d cos(angle); between random
-  directions in d dimensions the cosine is about 1 / sqrt(d), so q_i k_j is of order sqrt(d).
-  Without the division, the softmax would start out with most of the weight on one j or a few, which
-  slows learning.
+  directions in d dimensions the cosine is typically about 1 / sqrt(d) in size, so q_i k_j is of
+  order sqrt(d). Without the division, the softmax would start out with most of the weight on one j
+  or a few, which slows learning.
   With n_head > 1, the vectors are split into several heads, of d = n_embd / n_head numbers each,
   that attend independently.
   A block adds two things to each token: what attention has collected (after a linear map that mixes
@@ -56,8 +56,9 @@ Maths
   Each pixel is drawn at random with its predicted probability. Always taking the likelier value
   would draw the same image every time, a blank one: after black pixels, black is likelier.
   Labels. With --class-cond, an embedding of the label is added to every token. One training image
-  in ten gets that of "no label" instead, so that one model learns both p(x | y) and p(x). (Without
-  --class-cond, all images do.) With guidance > 1, sample() exaggerates what the label adds:
+  in ten gets that of "no label" instead, so that one model learns both p(x | y), where y is the
+  label, and p(x). (Without --class-cond, all images do.) With guidance > 1, sample() exaggerates
+  what the label adds:
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
@@ -264,7 +265,8 @@ class PixelTransformer(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        Reading values means waiting for the GPU, so on a GPU only the first batch is checked.
+        Reading values means waiting for the GPU. So on a GPU, values are checked in the first batch
+        only; shapes and types always.
         """
         shape = (len(x), 1, self.size, self.size)
         if len(x) == 0:
@@ -385,8 +387,8 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # If the norm of the gradient is above 1, scale it down to 1. A loss summed over pixels has far
-    # larger gradients: all are then scaled to 1, and none dominates the optimizers' averages.
+    # If the norm of the gradient is above 1, scale it down to 1. In the scripts whose loss is a sum
+    # over pixels, it is always far above, so no single step dominates the optimizers' averages.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -486,7 +488,7 @@ def draw_samples(model, n, args, chunk=500):
 
 def set_seed(seed, epoch=0):
     """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # far more than there are epochs, so that two seeds share none; % keeps it in torch's range
+    # 1_000_003 is far more than there are epochs, so no two seeds meet; % keeps to torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
@@ -533,7 +535,7 @@ def save_checkpoint(checkpoint, path, new=False):
 
 
 def load_checkpoint(path, resume):
-    """Load a dictionary of make_checkpoint; to draw samples, config and model are enough."""
+    """Load a dictionary made by make_checkpoint; to draw samples, config and model are enough."""
     needed = {"config", "model"}
     if resume:
         needed |= {"settings", "model_in_training", "optimizers", "log"}

@@ -21,8 +21,8 @@ Idea
   z_q alone, so the codes have to keep what matters. The prior is a transformer (the block of
   transformer.py) that learns to predict each code from those before it, row by row.
   To sample, draw 49 codes from the prior, one by one, then decode all of them in one pass. So only
-  49 values are drawn in sequence, not 784. Without the prior, from codes drawn uniformly, the
-  decoder would draw scribbles.
+  49 values are drawn in sequence, not 784 as in a model that draws pixel by pixel. Without the
+  prior, from codes drawn uniformly, the decoder would draw scribbles.
   The price: the codes that rebuild an image best are not the easiest to predict, so the two models
   have to be balanced; the choice of the nearest vector has no gradient; and vectors may fall out of
   use.
@@ -201,9 +201,9 @@ class VQVAE(nn.Module):
             conv3x3(channels, 4),
             nn.PixelShuffle(2),  # -> (B, 1, 28, 28)
         )
-        # Added to the encoder's output, and at first much larger than that: the code then depends
-        # almost only on the position, and all codes are used from the start. As the encoder's
-        # output grows, the image takes over.
+        # Added to the encoder's output, and at first much larger than that. So z_e differs from
+        # position to position, and many codes are in use from the start. As the encoder's output
+        # grows, the image decides.
         self.offset = nn.Parameter(10 * torch.randn(self.side**2, code_dim))
         self.codebook = nn.Parameter(torch.zeros(n_codes, code_dim))  # the first batch will fill it
         # How often each vector is used, where 1 is the average. It starts so low that the first
@@ -398,7 +398,8 @@ class VQVAE(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        Reading values means waiting for the GPU, so on a GPU only the first batch is checked.
+        Reading values means waiting for the GPU. So on a GPU, values are checked in the first batch
+        only; shapes and types always.
         """
         shape = (len(x), 1, self.size, self.size)
         if len(x) == 0:
@@ -519,8 +520,8 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # If the norm of the gradient is above 1, scale it down to 1. A loss summed over pixels has far
-    # larger gradients: all are then scaled to 1, and none dominates the optimizers' averages.
+    # If the norm of the gradient is above 1, scale it down to 1. In the scripts whose loss is a sum
+    # over pixels, it is always far above, so no single step dominates the optimizers' averages.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -620,7 +621,7 @@ def draw_samples(model, n, args, chunk=500):
 
 def set_seed(seed, epoch=0):
     """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # far more than there are epochs, so that two seeds share none; % keeps it in torch's range
+    # 1_000_003 is far more than there are epochs, so no two seeds meet; % keeps to torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
@@ -667,7 +668,7 @@ def save_checkpoint(checkpoint, path, new=False):
 
 
 def load_checkpoint(path, resume):
-    """Load a dictionary of make_checkpoint; to draw samples, config and model are enough."""
+    """Load a dictionary made by make_checkpoint; to draw samples, config and model are enough."""
     needed = {"config", "model"}
     if resume:
         needed |= {"settings", "model_in_training", "optimizers", "log"}

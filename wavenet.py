@@ -39,7 +39,7 @@ Maths
   * multiplies number by number: sigmoid(gate), in (0, 1), passes, weakens or blocks tanh(value), in
   (-1, 1). As mix is the same for every i, this is a convolution of kernel size 2, and a causal one:
   it never looks ahead. A small network, `head`, computes the logits from the last h plus the sum of
-  the skips. So a layer can tell the output something else than it tells the layers after it.
+  the skips. So what a layer tells the output can differ from what it tells the layers after it.
   Reach. Token i starts from pixel i - 1. To bring in pixel j, a path has to go back n = i - 1 - j
   steps. Write n = 28 r + c with c < 28 and r < 28. In binary, c is a sum of some of 1, 2, 4, 8, 16,
   and 28 r is a sum of some of 28, 56, 112, 224, 448. These are the ten dilations. In each layer, a
@@ -53,8 +53,9 @@ Maths
   Each pixel is drawn at random with its predicted probability. Always taking the likelier value
   would draw the same image every time, a blank one: after black pixels, black is likelier.
   Labels. With --class-cond, an embedding of the label is added to every token. One training image
-  in ten gets that of "no label" instead, so that one model learns both p(x | y) and p(x). (Without
-  --class-cond, all images do.) With guidance > 1, sample() exaggerates what the label adds:
+  in ten gets that of "no label" instead, so that one model learns both p(x | y), where y is the
+  label, and p(x). (Without --class-cond, all images do.) With guidance > 1, sample() exaggerates
+  what the label adds:
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
@@ -136,7 +137,8 @@ class WaveNet(nn.Module):
         before = F.pad(x.flatten(1), (1, -1))  # (B, H * W), moved right by one, the last cut off
         pos_emb = (self.row + self.col).flatten(0, 1)  # (H * W, channels)
         h = self.stem(before[..., None])  # (B, H * W, channels)
-        h = h + (pos_emb + self.embed(x, y)[:, None]).type_as(h)  # so that it stays bfloat16
+        # type_as: under autocast h is bfloat16, and adding float32 would make it float32
+        h = h + (pos_emb + self.embed(x, y)[:, None]).type_as(h)
         skips = 0
         for layer, dilation in zip(self.layers, self.dilations):
             past = F.pad(h, (0, 0, dilation, -dilation))  # moved `dilation` places later
@@ -238,7 +240,8 @@ class WaveNet(nn.Module):
     def check(self, x, y):
         """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
 
-        Reading values means waiting for the GPU, so on a GPU only the first batch is checked.
+        Reading values means waiting for the GPU. So on a GPU, values are checked in the first batch
+        only; shapes and types always.
         """
         shape = (len(x), 1, self.size, self.size)
         if len(x) == 0:
@@ -359,8 +362,8 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # If the norm of the gradient is above 1, scale it down to 1. A loss summed over pixels has far
-    # larger gradients: all are then scaled to 1, and none dominates the optimizers' averages.
+    # If the norm of the gradient is above 1, scale it down to 1. In the scripts whose loss is a sum
+    # over pixels, it is always far above, so no single step dominates the optimizers' averages.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -460,7 +463,7 @@ def draw_samples(model, n, args, chunk=500):
 
 def set_seed(seed, epoch=0):
     """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # far more than there are epochs, so that two seeds share none; % keeps it in torch's range
+    # 1_000_003 is far more than there are epochs, so no two seeds meet; % keeps to torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
@@ -507,7 +510,7 @@ def save_checkpoint(checkpoint, path, new=False):
 
 
 def load_checkpoint(path, resume):
-    """Load a dictionary of make_checkpoint; to draw samples, config and model are enough."""
+    """Load a dictionary made by make_checkpoint; to draw samples, config and model are enough."""
     needed = {"config", "model"}
     if resume:
         needed |= {"settings", "model_in_training", "optimizers", "log"}

@@ -98,7 +98,7 @@ def test_other_data_of_that_name_is_refused_and_kept(mirror):
     data[100] ^= 1
     packed = gzip.compress(bytes(data))
     path.write_bytes(packed)
-    with pytest.raises(OSError, match="other data"):
+    with pytest.raises(OSError, match="original data"):
         common.load_mnist(mirror.root)
     assert path.read_bytes() == packed
 
