@@ -1,6 +1,7 @@
 """Diffusion: learn to tell image from noise, then turn pure noise into a digit, step by step.
 
     python diffusion.py --epochs 10
+    # with seed 0: Frechet ratio 30 (see README.md), in 60 minutes on one CPU core (float32)
 
 Ho, Jain and Abbeel 2020 (DDPM), arXiv:2006.11239. Differences from it: time is continuous, where
 DDPM has 1000 steps, each with its own noise level; noise is added along an arc (a cosine, as in
