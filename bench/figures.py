@@ -9,7 +9,7 @@ masks      made.py: which input reaches which output, for an image of 2 x 2 pixe
 fields     pixelcnn.py, gatedcnn.py: the pixels that the prediction of the middle one depends on
 completions the six autoregressive models: lower halves drawn under given upper ones
 posteriors vae.py: q(z | x) of a thousand test digits over p(z), for two numbers in z; needs the run
-           python vae.py --z-dim 2 --epochs 5 --out-dir out/vae-2d
+           python vae.py --z-dim 2 --epochs 2 --out-dir out/vae-2d
 codes      vqvae.py: a digit, its codes, what they decode to, and what each code looks like
 denoising  diffusion.py: x_t above the predicted x0, along t
 
