@@ -191,7 +191,7 @@ def posteriors():
     torch.manual_seed(0)
     mu, logvar = model.encode(torch.bernoulli(test_x[:1000] / 255))
     sigma = (0.5 * logvar).exp()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 5))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.8), layout="constrained")
     for radius in (1, 2, 3):
         circle = plt.Circle((0, 0), radius, fill=False, color="0.7", linestyle="--", zorder=0)
         axes[0].add_patch(circle)
@@ -200,9 +200,9 @@ def posteriors():
         axes[0].add_patch(Ellipse(m, 2 * s[0], 2 * s[1], alpha=0.5, color=color))
     for digit in range(10):
         axes[0].plot([], [], "o", color=plt.get_cmap("tab10")(digit), label=digit)
-    axes[0].legend(loc="upper right", fontsize=8)
+    axes[0].legend(loc="center right", bbox_to_anchor=(-0.12, 0.5), title="digit")
     axes[0].set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", xlabel="z[0]", ylabel="z[1]")
-    axes[0].set_title("q(z | x) of 1,000 test digits; circles: p(z) at 1, 2, 3 sigma")
+    axes[0].set_title("q(z | x) of 1,000 test digits, over p(z)")
     side = torch.linspace(-2.85, 2.85, 20)
     z = torch.cartesian_prod(side.flip(0), side).flip(1)  # rows from the top: z[1] falls
     x = model.decode(z).sigmoid().view(20, 20, 28, 28).permute(0, 2, 1, 3).reshape(560, 560)
