@@ -331,8 +331,10 @@ def train_epoch(epoch, args, model, ema, optimizers, images, labels):
             seconds_per_step = (last_shown - start) / (i + 1)
             speed = args.batch_size / seconds_per_step
             seconds_left = seconds_per_step * (total_steps - step)
-            line = f"step {step}/{total_steps} | loss {loss_now:.4g} | {speed:,.0f} img/s"
-            line = f"{line} | {seconds_left:.0f} s left"
+            line = (
+                f"step {step}/{total_steps} | loss {loss_now:.4g} | {speed:,.0f} img/s | "
+                f"{seconds_left:.0f} s left"
+            )
             print(f"{line:<79}", end="\r", flush=True)  # padded, to overwrite a longer line
     mean_loss = float(loss_sum) / steps  # float() waits for the GPU to finish
     return mean_loss, time.time() - start
@@ -374,7 +376,7 @@ def draw_samples(model, n, args, chunk=500):
 
 def set_seed(seed, epoch=0):
     """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # 1_000_003 is far more than there are epochs, so no two seeds meet; % keeps to torch's range
+    # every seed has 1,000,003 numbers of its own for its epochs; % keeps to torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
@@ -480,27 +482,16 @@ def make_parser():
     add("--lr", type=float, default=LR, help="peak learning rate (default %(default)s)")
     add("--seed", type=int, default=0, help="random seed (default %(default)s)")
     add("--device", choices=devices, default=device, help="device to run on (default %(default)s)")
-    add("--dataset", choices=datasets, default="MNIST", help="data set (default MNIST)")
+    add("--dataset", choices=datasets, default="MNIST", help="(default %(default)s)")
     add("--data-dir", type=Path, help="folder of the data sets (default: data, beside common.py)")
-    add(
-        "--out-dir",
-        type=Path,
-        default=Path("out", NAME),
-        help="for all output (default %(default)s)",
-    )
+    add("--out-dir", type=Path, default=Path("out", NAME), help="for output (default %(default)s)")
     add("--class-cond", action="store_true", help="learn labels; grids have one column per class")
-    add(
-        "--compile",
-        action="store_true",
-        help="use torch.compile: a slow start, and possibly faster steps",
-    )
-    add("--dry-run", action="store_true", help="only two batches per epoch, into OUT_DIR-dry")
+    add("--compile", action="store_true", help="torch.compile: slow to start, may speed up steps")
+    add("--dry-run", action="store_true", help="only two batches per epoch; overwrites OUT_DIR-dry")
     add("--tensorboard", action="store_true", help="also write TensorBoard logs into OUT_DIR")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="continue the run in OUT_DIR")
-    mode.add_argument(
-        "--sample", type=int, metavar="N", help="draw N images from the run in OUT_DIR"
-    )
+    mode.add_argument("--sample", type=int, metavar="N", help="draw N images from that run")
     sizes = parser.add_argument_group("sizes of the model", Model.__doc__)
     for name, value in size_defaults().items():
         sizes.add_argument(

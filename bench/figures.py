@@ -4,7 +4,7 @@
     python bench/figures.py masks fields       # only these
 
 nats       test nats against training time, a line for each model; published figures as marks
-speed      Frechet ratio, as bench/compare.py has measured it, against the time to draw 100
+speed      Frechet ratio against the time to draw 100, both as bench/compare.py has measured them
 masks      made.py: which input reaches which output, for an image of 2 x 2 pixels
 fields     pixelcnn.py, gatedcnn.py: the pixels that the prediction of the middle one depends on
 completions the six autoregressive models: lower halves drawn under given upper ones
@@ -30,7 +30,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-from compare import GREY, load, time_of_100
+from compare import GREY, load
 from train_all import SCRIPTS
 
 from common import load_mnist
@@ -83,7 +83,7 @@ def speed():
             continue
         figures = torch.load(path, weights_only=True)["figures"]
         real = torch.load(baseline, weights_only=True)["figures"]["Frechet"]
-        point = time_of_100(script, "cpu"), figures["Frechet"] / real
+        point = figures["100 in"], figures["Frechet"] / real
         axes.plot(*point, "o", color=COLORS[script])
         axes.annotate(script, point, (6, 0), textcoords="offset points", va="center")
     axes.axhline(1, color="0.8", zorder=0)
