@@ -1,11 +1,16 @@
-"""The head-to-head: measures the checkpoints in out/ alike, writes tables and pictures.
+"""The head-to-head: measures the checkpoints in out/ alike, writes tables and a picture.
 
-    python bench/compare.py                        # all ten: bench/train_all.py trains them
-    python bench/compare.py --scripts vae gan --samples 2000     # prints the table only
+    python bench/compare.py                        # all runs in out/: bench/train_all.py makes them
+    python bench/compare.py --scripts vae gan      # only these
+
+The figures are kept in bench/results.json, with the log of the training. So the ten need not be
+trained and measured in one go: once all ten are in that file, the tables are written, README.md
+with the most important columns and bench/README.md with all of them. Checkpoints that have not
+changed are not measured again, but their times are.
 
 What is measured of each model:
 parameters  without the labels, if the model has not learnt any
-s/epoch     median seconds of an epoch of 60,000 images, as the run has logged them
+s/epoch     seconds of training for 60,000 images: the median of 20 steps, times their number
 nats        -log p(x), or a bound on it, of the 10,000 test images without labels, each pixel drawn
             from its grey level; bits/dim: the same / (784 log 2)
 100 in      seconds for sample(100), the median of three
@@ -19,19 +24,18 @@ brightness  mean of all pixels, 0 black and 1 white: too low means that strokes 
 digits      shares of the rarest and of the commonest digit among the samples
 labels      share of 1,000 samples that show the digit asked for, of out/<script>-labels/model.pt,
             with the guidance that sample() has by default
-README.md gets the most important columns, bench/README.md all of them, assets/ the pictures.
 Features and digits are those of bench/classifier.py. gan.py and diffusion.py are compared with grey
 digits, the others with binarised ones, to which end the mean images of vae.py and vqvae.py are
-drawn from, too. Figures, but for times, are kept in out/bench/, so that an interrupted comparison
-can be continued.
+drawn from, too.
 """
 
 import argparse
+import hashlib
 import importlib
+import json
 import math
 import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +45,7 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from classifier import WEIGHTS, load_classifier
-from train_all import SCRIPTS
+from train_all import SCRIPTS, seconds, trainer
 
 from common import load_mnist, save_images
 
@@ -132,10 +136,9 @@ def draw(model, n, title, y=None):
 
 
 def measure(script, n, data, test_x, device):
-    """-> {figure: number} of out/<script>/model.pt, from n samples"""
+    """-> {figure: number} of out/<script>/model.pt, from n samples; without times"""
     module, model, saved = load(script, script, device)
-    seconds = sorted(row["seconds"] for row in saved["log"])
-    figures = {"epochs": len(seconds), "s/epoch": seconds[len(seconds) // 2],
+    figures = {"epochs": len(saved["log"]), "log": saved["log"],
                "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
     if script not in GREY:
         loss_fn = model.loss
@@ -153,35 +156,25 @@ def measure(script, n, data, test_x, device):
     return figures
 
 
-def time_of_100(script, device):
-    """Seconds for 100 samples of out/<script>/model.pt, the median of three times."""
+def measure_times(script, device):
+    """-> {figure: seconds} for an epoch, and for 100 samples of out/<script>/model.pt"""
     _, model, _ = load(script, script, device)
-    times = []
-    for _ in range(3):
-        start = time.time()
-        model.sample(100).sum().item()  # a GPU has to be done for it
-        times.append(time.time() - start)
-    return sorted(times)[1]
+    with torch.enable_grad():
+        step, _, _, steps = trainer(script)
+        epoch = steps * seconds(step, 20)
+    # .item() waits until a GPU is done
+    samples = seconds(lambda: model.sample(100).sum().item(), 3, warm_up=1)
+    return {"s/epoch": epoch, "100 in": samples}
 
 
-def cached(name, key, function, *args):
-    """The result of function(*args), or that of an earlier run with the same key."""
-    path = Path(f"out/bench/{name}.pt")
-    if path.exists():
-        result = torch.load(path, weights_only=True)
-        if result["key"] == key:
-            return result["figures"]
-    figures = function(*args)
-    keep(name, key, figures)
-    return figures
+def fingerprint(path):
+    """The start of the SHA-256 of a file, by which one sees whether it has changed."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def keep(name, key, figures):
-    """Write the figures to where cached and bench/figures.py look for them."""
-    path = Path(f"out/bench/{name}.pt")
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save_json(results, path):
     part = path.with_suffix(".part")
-    torch.save({"key": key, "figures": figures}, part)
+    part.write_text(json.dumps(results, indent=1) + "\n")
     os.replace(part, path)
 
 
@@ -196,7 +189,7 @@ def cells(name, figures, real):
     """{column: text} of a line of the table; real: Frechet distance of training images."""
     forms = {"s/epoch": "{:.0f}", "100 in": "{:.2f} s", "Frechet": "{:.2f}", "KID": "{:.1f}",
              "precision": "{:.2f}", "recall": "{:.2f}", "brightness": "{:.3f}"}  # fmt: skip
-    show = {key: forms.get(key, "{:,}").format(value) for key, value in figures.items()}
+    show = {key: forms.get(key, "{:,}").format(figures[key]) for key in LONG if key in figures}
     show["model"] = f"{name}.py" if name in SCRIPTS else name
     ratio = figures["Frechet"] / real
     show["ratio"] = f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
@@ -232,97 +225,101 @@ def write_between(path, text):
     path.write_text(f"{before}{START}\n{text}\n{END}{after}")
 
 
-def contact_sheet(rows):
-    """{name: an image file with 10 columns} -> (1, 1, H, W): its first row of each, labelled."""
+def contact_sheet(rows, old):
+    """{name: an image file with 10 columns} -> (1, 1, H, W): its first row of each, labelled.
+    A file that is missing leaves its row as it is in the picture old."""
     canvas = Image.new("L", (374, 30 * len(rows) + 2), 128)
+    if old.exists():
+        with Image.open(old) as image:
+            canvas.paste(image.convert("L").resize(canvas.size, Image.Resampling.NEAREST))
     for i, (name, path) in enumerate(rows.items()):
-        canvas.paste(0, (0, 30 * i + 2, 70, 30 * i + 30))
-        ImageDraw.Draw(canvas).text((4, 30 * i + 10), name, fill=255)
-        canvas.paste(Image.open(path).convert("L").crop((0, 0, 302, 30)), (72, 30 * i))
+        if path.exists():
+            canvas.paste(0, (0, 30 * i + 2, 70, 30 * i + 30))
+            ImageDraw.Draw(canvas).text((4, 30 * i + 10), name, fill=255)
+            canvas.paste(Image.open(path).convert("L").crop((0, 0, 302, 30)), (72, 30 * i))
     canvas = canvas.resize((2 * canvas.width, 2 * canvas.height), Image.Resampling.NEAREST)
     return torch.tensor(np.array(canvas))[None, None] / 255
 
 
-def pictures(assets, test_x, device):
-    """All ten in one picture, how samples change in training, and how codes become an image."""
+def all_in_one(assets, test_x):
+    """assets/samples.png: ten test images, and the first row of samples of each model"""
     save_images(test_x[:10] / 255, "out/bench/data.png")
-    rows = {"test images": "out/bench/data.png"}
-    rows |= {script: f"out/{script}/samples.png" for script in SCRIPTS}
-    save_images(contact_sheet(rows), assets / "samples.png")
-    epochs = {script: sorted(Path(f"out/{script}").glob("samples_*.png")) for script in SCRIPTS}
-    epochs = {script: paths for script, paths in epochs.items() if len(paths) > 2}
-    frames = [{script: paths[round(i / 19 * (len(paths) - 1))] for script, paths in epochs.items()}
-              for i in range(20)]  # fmt: skip
-    save_images(torch.stack([contact_sheet(rows) for rows in frames]), assets / "progress.gif")
-    _, model, _ = load("vqvae", "vqvae", device)
-    torch.manual_seed(0)
-    codes = torch.zeros(20, 49, dtype=torch.int64, device=device)
-    cache = model.new_cache(20)
-    frames = []
-    for i in range(49):
-        logits = model.logits_at(codes, None, i, cache)
-        codes[:, i] = logits.softmax(1).multinomial(1)[:, 0]
-        x = model.decode(model.codebook[codes]).sigmoid()
-        future = torch.arange(49, device=device).view(1, 1, 7, 7) > i
-        # the codes that are not drawn yet are 0 for the decoder; the picture hides their places
-        frames.append(x.where(~future.repeat_interleave(4, 2).repeat_interleave(4, 3), 0.5))
-    save_images(torch.stack(frames), assets / "codes.gif")
+    rows = {"test images": Path("out/bench/data.png")}
+    rows |= {script: Path(f"out/{script}/samples.png") for script in SCRIPTS}
+    save_images(contact_sheet(rows, assets / "samples.png"), assets / "samples.png")
 
 
 @torch.no_grad()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
-    flag("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS, help="(default: all ten)")
+    flag("--scripts", nargs="+", choices=SCRIPTS, help="(default: all whose run is in out/)")
     flag("--samples", type=int, default=10_000, help="of each model (default %(default)s)")
     flag("--data-dir", help="folder of the data sets (default: data, beside common.py)")
-    flag(
-        "--root", type=Path, default=ROOT, help="whose README.md, bench/README.md, assets/ to write"
-    )
+    flag("--root", type=Path, default=ROOT, help="whose README.md, bench/ and assets/ to write")
     args = parser.parse_args(argv)
     if args.samples < 100:
         parser.error("--samples must be at least 100")
-    for script in args.scripts:
+    scripts = args.scripts
+    if scripts is None:
+        scripts = [script for script in SCRIPTS if Path(f"out/{script}/model.pt").exists()]
+    for script in scripts:
         if not Path(f"out/{script}/model.pt").exists():
             sys.exit(f"no out/{script}/model.pt: train it first, with python {script}.py")
-    whole = args.scripts == SCRIPTS
+    if not scripts:
+        sys.exit("no out/*/model.pt: train first, with python bench/train_all.py")
     readmes = [args.root / "README.md", args.root / "bench/README.md"]
-    if whole:
-        for path in readmes:
-            text = path.read_text()
-            if START not in text or END not in text:
-                sys.exit(f"{path} has no lines {START.strip()} and {END.strip()}")
+    for path in readmes:
+        text = path.read_text()
+        if START not in text or END not in text:
+            sys.exit(f"{path} has no lines {START.strip()} and {END.strip()}")
+    path = args.root / "bench/results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
+    machine = f"torch {torch.__version__}, {machine}"
     n = args.samples
+    key = [n, fingerprint(WEIGHTS)]
     train_x, _, test_x, _ = load_mnist(args.data_dir, device=device)
     classifier = load_classifier(device)
-    sets = [Data(test_x, classifier, device, binary) for binary in (False, True)]
-    key = [n, device, WEIGHTS.stat().st_mtime]
-    baselines = []
-    for i, data in enumerate(sets):
-        baselines.append(cached(f"data-{i}", key, real_baseline, n, data, train_x))
-    rows = []
-    for i, name in enumerate(("training images, grey", "training images, binarised")):
-        rows.append(cells(name, baselines[i], baselines[i]["Frechet"]))
-    for script in args.scripts:
-        binary = script not in GREY
-        paths = [Path(f"out/{script}{kind}/model.pt") for kind in ("", "-labels")]
-        times = [path.stat().st_mtime for path in paths if path.exists()]
-        key_of_script = [*key, *times]
-        figures = cached(script, key_of_script, measure, script, n, sets[binary], test_x, device)
-        figures["100 in"] = time_of_100(script, device)  # anew: the machine may have been busy
-        keep(script, key_of_script, figures)
-        rows.append(cells(script, figures, baselines[binary]["Frechet"]))
-        print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores"
-    note = f"{n:,} samples of each model; torch {torch.__version__}, {where}."
-    if not whole:
-        print(table(rows, LONG) + "\n" + note)
+    sets = {"grey": Data(test_x, classifier, device, binary=False),
+            "binarised": Data(test_x, classifier, device, binary=True)}  # fmt: skip
+    for kind, data in sets.items():
+        if results.get(kind, {}).get("key") != key:
+            results[kind] = {**real_baseline(n, data, train_x), "key": key}
+            save_json(results, path)
+    for script in scripts:
+        kind = "grey" if script in GREY else "binarised"
+        models = [Path(f"out/{script}/model.pt"), Path(f"out/{script}-labels/model.pt")]
+        key_of_script = [*key, *[fingerprint(model) for model in models if model.exists()]]
+        if results.get(script, {}).get("key") != key_of_script:
+            results[script] = measure(script, n, sets[kind], test_x, device)
+            results[script]["key"] = key_of_script
+        results[script] |= {**measure_times(script, device), "machine": machine}
+        save_json(results, path)
+        row = cells(script, results[script], results[kind]["Frechet"])
+        print("  ".join(f"{key} {row[key]}" for key in LONG if key in row), flush=True)
+    all_in_one(args.root / "assets", test_x)
+
+    rows = [
+        cells(f"training images, {kind}", results[kind], results[kind]["Frechet"]) for kind in sets
+    ]
+    missing = []
+    for script in SCRIPTS:
+        if script not in results or results[script]["key"][:2] != key:
+            missing.append(script)
+            continue
+        kind = "grey" if script in GREY else "binarised"
+        rows.append(cells(script, results[script], results[kind]["Frechet"]))
+    if missing:
+        print(f"no table yet: {', '.join(missing)} not measured")
         return
-    pictures(args.root / "assets", test_x, device)
-    for path, columns in zip(readmes, (SHORT, LONG)):
-        write_between(path, table(rows, columns) + "\n" + note + "\n")
-    print(f"wrote {readmes[0]}, {readmes[1]} and {args.root / 'assets'}")
+    machines = sorted({results[script]["machine"] for script in SCRIPTS})
+    note = f"{n:,} samples of each model; {'; '.join(machines)}.\n"
+    for readme, columns in zip(readmes, (SHORT, LONG)):
+        write_between(readme, table(rows, columns) + "\n" + note)
+    print(f"wrote {readmes[0]} and {readmes[1]}")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,29 @@
-"""Draws the README's figures from the logs and the weights in out/: writes assets/*.png.
+"""Draws the README's figures into assets/.
 
-    python bench/figures.py                    # all whose runs are there
+    python bench/figures.py                    # all whose runs are in out/
     python bench/figures.py masks fields       # only these
 
-nats       test nats against training time, a line for each model; published figures as marks
-speed      Frechet ratio against the time to draw 100, both as bench/compare.py has measured them
+nats       test nats against training time, a line for each model; lines for published figures
+speed      Frechet ratio against the time to draw 100; both are of bench/results.json
 masks      made.py: which input reaches which output, for an image of 2 x 2 pixels
 fields     pixelcnn.py, gatedcnn.py: the pixels that the prediction of the middle one depends on
-completions the six autoregressive models: lower halves drawn under given upper ones
 posteriors vae.py: q(z | x) of a thousand test digits over p(z), for two numbers in z; needs the run
            python vae.py --z-dim 2 --epochs 2 --out-dir out/vae-2d
 codes      vqvae.py: a digit, its codes, what they decode to, and what each code looks like
 denoising  diffusion.py: x_t above the predicted x0, along t
+copies     not drawn here: the pictures of the runs in out/ that the README shows
 
 Needs matplotlib (bench/requirements.txt).
 """
 
 import argparse
-import csv
 import importlib
+import json
+import shutil
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from matplotlib.patches import Ellipse
 from PIL import Image
@@ -46,22 +46,20 @@ PUBLISHED = {
 COLORS = {script: plt.get_cmap("tab10")(i) for i, script in enumerate(SCRIPTS)}
 
 
-def read_log(script):
-    """-> {column: [number of each epoch]} of out/<script>/log.csv"""
-    with open(f"out/{script}/log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in rows[0]}
+def results():
+    """-> {script: {figure: number}}, as bench/compare.py has written them"""
+    return json.loads((ROOT / "bench/results.json").read_text())
 
 
 def nats():
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
-    for script in SCRIPTS:
-        if script in GREY or not Path(f"out/{script}/log.csv").exists():
+    for script, figures in results().items():
+        if script not in SCRIPTS or script in GREY:
             continue
-        log = read_log(script)
-        minutes = torch.tensor(log["seconds"]).cumsum(0) / 60
-        values = log.get("nll", log.get("neg_elbo"))
-        name = script if "nll" in log else f"{script} (bound)"
+        metric = "nll" if "nll" in figures else "neg_elbo"
+        values = [row[metric] for row in figures["log"]]
+        minutes = [(i + 1) * figures["s/epoch"] / 60 for i in range(len(values))]
+        name = script if metric == "nll" else f"{script} (bound)"
         axes.plot(minutes, values, ".-", color=COLORS[script])
         axes.annotate(name, (minutes[-1], values[-1]), (4, 0), textcoords="offset points",
                       va="center", color=COLORS[script])  # fmt: skip
@@ -76,13 +74,12 @@ def nats():
 
 def speed():
     figure, axes = plt.subplots(figsize=(6, 4))
+    measured = results()
     for script in SCRIPTS:
-        path = Path(f"out/bench/{script}.pt")
-        baseline = Path(f"out/bench/data-{int(script not in GREY)}.pt")
-        if not path.exists() or not baseline.exists():
+        if script not in measured:
             continue
-        figures = torch.load(path, weights_only=True)["figures"]
-        real = torch.load(baseline, weights_only=True)["figures"]["Frechet"]
+        figures = measured[script]
+        real = measured["grey" if script in GREY else "binarised"]["Frechet"]
         point = figures["100 in"], figures["Frechet"] / real
         axes.plot(*point, "o", color=COLORS[script])
         axes.annotate(script, point, (6, 0), textcoords="offset points", va="center")
@@ -166,25 +163,6 @@ def fields():
     return figure
 
 
-def completions():
-    """Columns of completion.png that several digits could complete, and a strip for each model."""
-    scripts = SCRIPTS[:6]
-    figure, axes = plt.subplots(1, len(scripts), figsize=(11, 3.1), layout="constrained")
-    for ax, script in zip(axes, scripts):
-        with Image.open(f"out/{script}/completion.png") as image:
-            grid = np.asarray(image.convert("L"))
-        cell = (grid.shape[1] - 2) // 10
-        columns = [grid[:, k * cell : (k + 1) * cell + 2] for k in (4, 5, 6, 8)]
-        ax.imshow(np.concatenate(columns, axis=1), cmap="gray")
-        ax.set_title(script)
-        ax.set(xticks=[], yticks=[])
-    centres = [(row + 0.5) * cell for row in range(6)]
-    names = ["test digits", "given", "drawn", "drawn", "drawn", "drawn"]
-    axes[0].set_yticks(centres, names, fontsize=8)
-    axes[0].tick_params(length=0)
-    return figure
-
-
 def posteriors():
     _, model, _ = load("vae", "vae-2d", "cpu")
     _, _, test_x, test_y = load_mnist()
@@ -259,18 +237,41 @@ def denoising():
     return figure
 
 
-FUNCTIONS = nats, speed, masks, fields, completions, posteriors, codes, denoising
+def copies(assets):
+    """Copy the pictures of the runs in out/ that the README shows."""
+    pictures = {f"{script}.png": f"out/{script}/completion.png" for script in SCRIPTS[:6]}
+    pictures |= {f"{script}.png": f"out/{script}/samples.png" for script in SCRIPTS[6:]}
+    pictures |= {
+        "sampling.gif": "out/transformer/sampling.gif",
+        "reconstruction.png": "out/vae/reconstruction.png",
+        "vqvae_reconstruction.png": "out/vqvae/reconstruction.png",
+        "vqvae_completion.png": "out/vqvae/completion.png",
+        "process.gif": "out/diffusion/process.gif",
+    }
+    for name, path in pictures.items():
+        if Path(path).exists():
+            shutil.copyfile(path, assets / name)
+    if Path("out/gan/interpolation.png").exists():
+        with Image.open("out/gan/interpolation.png") as image:
+            image.crop((0, 0, image.width, 302)).save(assets / "gan_interpolation.png")
+
+
+FUNCTIONS = nats, speed, masks, fields, posteriors, codes, denoising
 FIGURES = {function.__name__: function for function in FUNCTIONS}
 
 
 @torch.no_grad()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", choices=[*FIGURES, []], help="(default: all)")
+    names = [*FIGURES, "copies"]
+    parser.add_argument("names", nargs="*", choices=[*names, []], help="(default: all)")
     parser.add_argument("--assets", type=Path, default=ROOT / "assets", help="where to write")
     args = parser.parse_args(argv)
     args.assets.mkdir(parents=True, exist_ok=True)
-    for name in args.names or FIGURES:
+    for name in args.names or names:
+        if name == "copies":
+            copies(args.assets)
+            continue
         try:
             figure = FIGURES[name]()
         except FileNotFoundError as error:
