@@ -1,4 +1,4 @@
-"""Diffusion: learn to tell image from noise, then turn pure noise into a digit, step by step.
+"""Diffusion: learn to separate images from noise, then turn pure noise into a digit, step by step.
 
     python diffusion.py --epochs 10
     # with seed 0: Frechet ratio 30 (see README.md), in 60 minutes on one CPU core (float32)
@@ -8,20 +8,21 @@ DDPM has 1000 steps, each with its own noise level; noise is added along an arc 
 Nichol and Dhariwal 2021, arXiv:2102.09672); the network predicts the velocity v (Salimans and Ho
 2022, arXiv:2202.00512) and is shown the image that it predicted last (self-conditioning: Chen et
 al. 2022, arXiv:2208.04202); a sampler between DDPM's and DDIM's (Song et al. 2020,
-arXiv:2010.02502), of second order; classifier-free guidance (Ho and Salimans 2022,
+arXiv:2010.02502), with extrapolation; classifier-free guidance (Ho and Salimans 2022,
 arXiv:2207.12598); a smaller U-Net, with two resolutions, layer norms and no attention; the matrices
-of its blocks trained by Muon (see the train section).
+of its blocks trained by Muon, an optimizer explained in the train section.
 
 Idea
-  Mix an image with random noise, more and more, until nothing of the image is left. To undo that at
-  once is impossible: given pure noise, the best prediction of the image is the average of all
-  digits, a grey blur. But a small step towards that prediction is safe: most of the noise remains,
-  so an error can still be corrected. And the network can look again: now there is a hint of an
-  image, and the next prediction is a little sharper. After 50 steps, the hint has become a digit.
-  Different noise gives a different digit.
+  Mix an image with random noise, more and more, until nothing of the image is left. It is
+  impossible to undo that at once: given pure noise, the best prediction of the image is the average
+  of all digits, a grey blur. But a small step towards that prediction is safe: most of the noise
+  remains, so an error can still be corrected. And the network can look again. The first hint is the
+  same blur for all. But together with it, this particular noise looks a little more like one digit
+  than like others, so the next prediction leans that way, and each step strengthens the choice.
+  After 50 steps, the hint has become a digit, and different noise has become different digits.
   Training needs no such steps. Mix an image with noise, in a random proportion, and let the network
-  find out what is image and what is noise. It is plain regression, with nothing to balance: no
-  opponent as in a GAN, no code as in a VAE.
+  separate the two. It is plain regression, with nothing to balance: no opponent as in a GAN, no
+  second loss term as in a VAE.
   The price: a sample takes 50 passes of the network (100 with labels), where a GAN needs one. And
   the loss is not a likelihood, so it does not say how probable an image is.
 
@@ -29,19 +30,20 @@ Maths
   Mixing. Time t runs from 0 (the image x0) to 1 (the noise eps: for each pixel, a number from N(0,
   1)):
       x_t = cos(a) x0 + sin(a) eps,   a = t pi / 2
-  As cos^2 + sin^2 = 1, noise and image trade places without x_t growing. (DDPM and most tutorials
-  write alpha_bar for cos(a)^2.) As the angle a rises, x_t moves on an arc from x0 to eps, with the
-  velocity
+  As cos^2 + sin^2 = 1, noise and image trade places without x_t growing: both have a mean square
+  near 1. (DDPM and most tutorials write alpha_bar for cos(a)^2.) As the angle a rises, x_t moves on
+  an arc from x0 to eps, with the velocity
       v = dx_t/da = cos(a) eps - sin(a) x0.
-  x_t and v together determine both parts:
+  x_t and v together determine both parts (they are x0 and eps, rotated by a):
       x0 = cos(a) x_t - sin(a) v,   eps = sin(a) x_t + cos(a) v.
   Learning.
       loss = E || v_net(x_t, t) - v ||^2 / 784,   the mean over the pixels, over x0, eps and t
   Many pairs of x0 and eps give the same x_t, each with a v of its own. The squared error is
-  smallest if the network predicts the mean of these. So it learns E[v | x_t] at time t and, by the
-  two equations above, E[x0 | x_t] and E[eps | x_t]. (A network that predicts eps, like DDPM's,
-  learns the same, except at t = 1, where eps is just x_t and says nothing of x0.) t = sqrt(u) with
-  u uniform in [0, 1], so training favours large t, where the content of the image is decided.
+  smallest if the network predicts the mean of these. So it learns E[v | x_t], their mean weighted
+  by how probable each pair is, at time t and, by the two equations above, E[x0 | x_t] and E[eps |
+  x_t]. (A network that predicts eps, like DDPM's, learns the same, except at t = 1, where eps is
+  just x_t and says nothing of x0.) t = sqrt(u) with u uniform in [0, 1], so training favours large
+  t, where the content of the image is decided.
   Self-conditioning. Each step of the sampler predicts x0, and the next step should only have to
   refine it. So the network has a second input, the x0 predicted last, or zeros if there is none. In
   training, half of the images get the x0 that a first pass, with zeros, predicts from the same x_t.
@@ -55,23 +57,24 @@ Maths
   Sampling. Start from noise at t = 1. A step from angle a to a smaller angle b splits x into the
   predicted x0 and eps, replaces part of eps with fresh noise, and mixes again, for angle b:
       x <- cos(b) x0 + sin(b) (keep eps + sqrt(1 - keep^2) noise),   keep = (tan(b) / tan(a))^fresh
-  (All steps but the first and the last use an x0 that is extrapolated to the middle of the step,
-  see move, so that fewer steps suffice. What follows leaves that aside, and self-conditioning,
-  too.)
   fresh = 0 is DDIM: the noise at the start decides the image, and small steps follow dx/da = E[v |
-  x].
-  Why does that end at digits? Many arcs pass through a point x. The density there changes only by
-  what flows in and out, and the flow is the density times the mean velocity of these arcs. So if
-  every point moves at that mean velocity instead, the flow is the same as that of the arcs, and so
-  is the density at each t: noise at t = 1, hence images at t = 0.
-  fresh = 1 is DDPM, whose steps draw x from p(x_b | x_a, x0). (tan is the ratio of noise to image.)
-  Fresh noise washes out errors of earlier steps, and the network then removes that noise. But this
-  needs more steps, and makes strokes a little thinner. fresh = 0.25 lies between. (With the
-  default, the first step, where tan(a) is infinite, replaces all noise.)
-  Guidance. With --class-cond, an embedding of the label is added to that of t. One training image
-  in ten gets the embedding of "no label" instead. Sampling follows v(no label) + guidance *
-  (v(label) - v(no label)): 0 ignores the label, 1 is the model of images with that label, more than
-  1 exaggerates what the label adds.
+  x] (differentiate the formula with respect to b at b = a).
+  Why does that end at digits? At time t, many arcs pass through a point x, with different
+  velocities, of which E[v | x_t = x] is the mean. The density at x changes only by what flows in
+  and out, and the flow is the density times this mean velocity. So if every point moves at that
+  mean velocity instead, the flow is the same as that of the arcs, and so is the density at each t:
+  noise at t = 1, hence images at t = 0.
+  fresh = 1 is DDPM: if x0 were the true image, the step would draw from the distribution of x at
+  angle b, given x0 and x at angle a. (tan is the ratio of noise to image.) Replacing noise washes
+  out errors of earlier steps, but needs more steps, and makes strokes a little thinner. The
+  default, fresh = 0.25, lies between. (Then the first step, where tan(a) is infinite, replaces all
+  the noise. There is no harm in that, as x holds nothing of the image yet.)
+  To need fewer steps, the code takes x0 as it will be in the middle of the step, extrapolated from
+  the last two predictions, and the eps that fits it (see move). The first step and the last do not.
+  Guidance. With --class-cond, an embedding of the label is added to that of t. In training, a label
+  is replaced with probability 1/10 by "no label", which has an embedding of its own. Sampling
+  follows v(no label) + guidance * (v(label) - v(no label)): 0 ignores the label, 1 is the model of
+  images with that label, more than 1 exaggerates what the label adds.
 
 Shapes
   x (B, 1, 28, 28) in [0, 1] as given to loss(); x0 in [-1, 1], so that its mean square is near that
@@ -80,8 +83,8 @@ Shapes
 
 What to expect
   loss is the mean squared error of v per pixel. It falls to 0.15 in the first epoch and then slowly
-  to 0.141. It stays far above 0, because x_t does not determine v. Nor does a lower loss mean that
-  a model draws better.
+  to 0.141. It stays far above 0, because x_t does not determine v. And a lower loss need not mean
+  that a model draws better.
 """
 
 import argparse
@@ -203,14 +206,15 @@ class Diffusion(nn.Module):
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         # one random u in each of B equal slices of [0, 1]: less variance than B independent ones
         u = (torch.arange(len(x), device=x.device) + torch.rand(len(x), device=x.device)) / len(x)
-        # P(t < s) = P(u < s^2) = s^2: t has density 2 t, as the noisy end decides what is drawn
+        # P(t < s) = P(u < s^2) = s^2, so t has density 2 t, which favours the noisy end,
+        # where it is decided what is drawn
         t = u.sqrt()
         x0 = 2 * x - 1
         x_t, v = self.diffuse(x0, t, torch.randn_like(x0))
-        # Half of the images (every second one, so that their t cover [0, 1], too) also see an x0
-        # that the network predicts for them. (detach instead of torch.no_grad, because in older
-        # versions of torch, the second pass would reuse weights that autocast has cached without
-        # gradients.)
+        # Half of the images also see an x0 that the network predicts for them. t rises along the
+        # batch, so every second image still covers [0, 1]. (detach instead of torch.no_grad: in
+        # older versions of torch, the second pass would reuse weights that autocast has cached
+        # without gradients.)
         x0_last = torch.zeros_like(x0)
         a = t[::2, None, None, None] * math.pi / 2
         v_first = self(x_t[::2], t[::2], None if y is None else y[::2]).detach()
@@ -219,7 +223,7 @@ class Diffusion(nn.Module):
         return loss, {"loss": loss}
 
     def guided_v(self, x_t, t, y, guidance, x0_last):
-        """v of x_t (B, 1, H, W) at time t, a number; with labels y (B,), it is
+        """-> v (B, 1, H, W) of x_t at time t, a number. With labels y (B,), it is
         v(no label) + guidance * (v(y) - v(no label))."""
         t = torch.full((len(x_t),), t, device=x_t.device, dtype=x_t.dtype)
         v = self(x_t, t, None, x0_last)
@@ -244,8 +248,8 @@ class Diffusion(nn.Module):
         """
         x0_last = None
         for i in range(steps):
-            t = start + (end - start) * i / steps
-            t_next = start + (end - start) * (i + 1) / steps
+            t = (start * (steps - i) + end * i) / steps
+            t_next = (start * (steps - i - 1) + end * (i + 1)) / steps
             a = t * math.pi / 2
             b = t_next * math.pi / 2
             v = self.guided_v(x, t, y, guidance, x0_last if self_cond else None)
@@ -254,8 +258,8 @@ class Diffusion(nn.Module):
             x0_middle = x0
             if x0_last is not None and t_next > 0:
                 # x0 as it will be in the middle of the step, if it goes on changing as it did, and
-                # the eps that belongs to it: x = cos(a) x0_middle + sin(a) eps. With the middle,
-                # the error falls with the square of the step (second order).
+                # the eps that belongs to it: x = cos(a) x0_middle + sin(a) eps. With fresh = 0, the
+                # error then falls with the square of the step (second order).
                 x0_middle = 1.5 * x0 - 0.5 * x0_last
                 eps = (x - math.cos(a) * x0_middle) / math.sin(a)
             if fresh > 0:
@@ -289,8 +293,8 @@ class Diffusion(nn.Module):
         frames = []
         self.move(torch.randn_like(x), 1, 0, 25, frames=frames)
         process = torch.stack([torch.cat(pair, dim=-1) for pair in frames])
-        # Backwards, from the images to their noise. Not from t = 0: there is no noise in x_t there,
-        # so the best prediction of eps is 0. So we add a little noise first.
+        # Backwards, from the images to their noise. At t = 0 there is no noise in x_t, and the best
+        # prediction of eps is 0, so we start with a little noise.
         start = 0.05
         x_t, _ = self.diffuse(2 * x - 1, x.new_full((len(x),), start), torch.randn_like(x))
         noise = self.move(x_t, start, 1, 50, self_cond=False)
@@ -328,7 +332,7 @@ class Diffusion(nn.Module):
 # ---------------------------------------------------------------- train
 # This section is the same text in all ten scripts, except for these constants and, in gan.py,
 # make_optimizers and train_step. Start reading at train_step.
-NAME = "diffusion"  # of the run's folder in out/; saved in checkpoints, so that others are refused
+NAME = "diffusion"  # of the folder in out/; saved in checkpoints, so that others are refused
 Model = Diffusion
 EPOCHS = 10
 BATCH_SIZE = 64
@@ -429,7 +433,8 @@ def train_step(model, optimizers, autocast, x, y):
         loss, _ = model.loss(x, y)
     loss.backward()
     # If the norm of the gradient is above 1, scale it down to 1. In the scripts whose loss is a sum
-    # over pixels, it is always far above, so no single step dominates the optimizers' averages.
+    # over pixels, it is always far above. So all steps get the norm 1, and none dominates the
+    # optimizers' averages.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -531,7 +536,7 @@ def draw_samples(model, n, args, chunk=500):
 
 def set_seed(seed, epoch=0):
     """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # every seed has 1,000,003 numbers of its own for its epochs; % keeps to torch's range
+    # seeds do not share numbers, up to a million epochs; % keeps to torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 

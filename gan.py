@@ -4,9 +4,10 @@
 
 Goodfellow et al. 2014, arXiv:1406.2661; convolutions: DCGAN, Radford et al. 2015, arXiv:1511.06434;
 the penalty r1: Mescheder et al. 2018, arXiv:1801.04406. Main differences from DCGAN: layer norm in
-the generator and no norm in the discriminator, instead of batch norm; the r1 penalty; one more
-convolution in each network, at 7 x 7; labels; no momentum in AdamW (see make_optimizers);
-evaluation with a running average of the weights (EMA) of both networks.
+the generator and no norm in the discriminator, instead of batch norm; the r1 penalty; in each
+network, a convolution at 7 x 7 that keeps the size; optional labels; AdamW without momentum instead
+of Adam with (see make_optimizers); evaluation with an exponential moving average of the weights
+(EMA) of both networks.
 
 Idea
   The generator G turns random numbers z into an image, a fake. It never sees a digit. The
@@ -15,46 +16,54 @@ Idea
   real, and backpropagation carries that on to G's weights. D and G take turns. If even the best D
   can do no better than flip a coin, fakes are distributed like the data.
   Sampling takes one pass, and samples are usually sharp, because D would notice a blur.
-  The price: we cannot tell how probable a given image is, and no loss falls as fakes get better. It
-  is a game of two players. It may go round in circles, or one of them may win. Or G may collapse:
-  any fake that fools D is good enough, so G may make only a few kinds of digits and leave out the
-  others.
+  The price: we cannot tell how probable a given image is, and no loss tells whether fakes get
+  better, as each depends on the opponent. Training is a game of two players: it may go round in
+  circles, or one of them may win. Or G may collapse: any fake that fools D is good enough, so G may
+  make only a few kinds of digits and leave out the others.
 
 Maths
-  z: z_dim independent draws from N(0, 1). D(x) is a logit: D's probability that x is real is
+  z: z_dim independent draws from N(0, 1). p_data is the distribution of real images x, p_fake that
+  of fakes G(z). E is the mean over them. D(x) is a logit: D's probability that x is real is
   sigmoid(D(x)).
       d_loss = E[ -log sigmoid(D(x)) ] + E[ -log(1 - sigmoid(D(G(z)))) ] + (gamma / 2) r1
       g_loss = E[ -log sigmoid(D(G(z))) ]
   The first two terms of d_loss are the cross-entropy of a classifier of real images and fakes. With
-  s = sigmoid(D(x)), they are the integral over x of
+  s = sigmoid(D(x)), they are the integral over all images x, real or fake, of
       -p_data(x) log s - p_fake(x) log(1 - s).
-  D can choose s at each x separately. The derivative with respect to s is 0 where s = p_data(x) /
-  (p_data(x) + p_fake(x)). So, leaving the penalty aside, the best D is
+  D can choose s at each x separately. This is convex in s, with the derivative -p_data(x) / s +
+  p_fake(x) / (1 - s). So its minimum is where that is 0:
+      s = p_data(x) / (p_data(x) + p_fake(x)).
+  D = log(s / (1 - s)), so, leaving the penalty aside, the best D is
       D(x) = log( p_data(x) / p_fake(x) ).
-  It measures how the two distributions differ at x, and is 0 everywhere if, and only if, they are
+  This D measures how the two distributions differ at x, and is 0 everywhere if and only if they are
   equal. As long as they are not, G follows D uphill, to where data are more probable relative to
   fakes.
-  Why g_loss is not E[ log(1 - sigmoid(D(G(z)))) ], the negative of D's second term: where D sees
-  through a fake, D is very negative. There the slope of that loss with respect to D, -sigmoid(D),
-  is almost 0 (it saturates), while the slope of the g_loss above, -(1 - sigmoid(D)), is almost -1.
-  So a fake that D rejects still gets a gradient.
-  r1 = E |dD(x)/dx|^2 over real x: this penalty keeps D nearly flat around real images, so that
-  fakes that get there stay. Without it, the slope of D pushes them past the data; then D's slope
+  Why does G not minimise E[ log(1 - sigmoid(D(G(z)))) ], the negative of the second term of d_loss?
+  Where D recognises a fake, D(G(z)) is very negative. There the slope of that loss with respect to
+  D, -sigmoid(D), is almost 0 (it saturates), while the slope of the g_loss above, -(1 -
+  sigmoid(D)), is almost -1. So a fake that D rejects still gets a gradient.
+  r1 = E |dD(x)/dx|^2 over real x: this penalty makes slopes of D around real images costly, so that
+  fakes that arrive there stay. Without it, the slope of D can push them past the data; then it
   reverses and pushes them back, and so on.
   Sampling. Draw z, then x = G(z).
   Labels. With --class-cond, G adds an embedding of the label to z, and D outputs one logit per
-  label; the one for the given label is used. In training, one label in ten is replaced by "no
-  label", which has an embedding and a logit of its own.
+  label; the one for the given label is used. Given a label, the best D compares p_data and p_fake
+  among images with this label. So a fake 3 with the label 7 is recognised, as no real 7 looks like
+  it, and G has to obey the label. In training, a label is replaced with probability 1/10 by "no
+  label", which has an embedding and a logit of its own, so that one model works with labels and
+  without.
 
 Shapes
-  x (B, 1, 28, 28) in [0, 1] outside, in [-1, 1] inside; z (B, z_dim); logits of D (B,). size: a
-  multiple of 4, because G doubles the side of a small image twice.
+  x (B, 1, 28, 28) in [0, 1] (0 black, 1 white) for the caller, in [-1, 1] for the networks; z (B,
+  z_dim); logits of D (B,). size: a multiple of 4, because G doubles the side of a small image
+  twice.
 
 What to expect
   The train loss is d_loss (with the penalty) + g_loss. d_real and d_fake are the means of
   sigmoid(D) over test digits and over fakes. Neither loss keeps falling, because the opponent
   improves, too: judge by the samples. If D could only guess, d_loss would be 2 log 2 = 1.386 and
-  g_loss log 2 = 0.693. If d_loss nears 0, G has lost; if fakes look alike, G has collapsed.
+  g_loss log 2 = 0.693, with d_real = d_fake = 0.5. If d_loss nears 0, G has lost; if fakes look
+  alike, G has collapsed.
 """
 
 import argparse
@@ -78,7 +87,7 @@ class Generator(nn.Module):
 
     def __init__(self, channels, z_dim, size, n_classes):
         super().__init__()
-        self.grid = (size // 4, size // 4, 2 * channels)  # H, W, C
+        self.grid = (size // 4, size // 4, 2 * channels)
         self.label = nn.Embedding(n_classes + 1, z_dim)  # the last entry is "no label"
         nn.init.zeros_(self.label.weight)  # at first labels change nothing
         self.stem = nn.Linear(z_dim, math.prod(self.grid))
@@ -87,10 +96,10 @@ class Generator(nn.Module):
         self.head = nn.ConvTranspose2d(channels, 1, 4, stride=2, padding=1)
 
     def forward(self, z, y):
-        h = self.stem(z + self.label(y)).view(-1, *self.grid)  # (B, 7, 7, 2 C)
+        h = self.stem(z + self.label(y)).view(-1, *self.grid)  # (B, 7, 7, 2 * channels)
         for layer in self.mix, self.up, self.head:  # to 7, 14, 28 pixels per side
-            h = F.layer_norm(h, h.shape[-1:]).relu()  # (B, H, W, C), to normalise over C
-            h = layer(h.movedim(3, 1)).movedim(1, 3)  # convolve (B, C, H, W)
+            h = F.layer_norm(h, h.shape[-1:]).relu()  # (B, H, W, features), over the features
+            h = layer(h.movedim(3, 1)).movedim(1, 3)  # convolve (B, features, H, W)
         return h.movedim(3, 1).tanh()  # (B, 1, 28, 28)
 
 
@@ -105,7 +114,7 @@ class Discriminator(nn.Module):
         self.head = nn.Linear(2 * channels * (size // 4) ** 2, n_classes + 1)
 
     def forward(self, x, y):
-        for layer in self.stem, self.down, self.mix:  # (B, C, 14, 14), then (B, 2 C, 7, 7) twice
+        for layer in self.stem, self.down, self.mix:  # 14, 7, 7 pixels per side
             x = F.leaky_relu(layer(x), 0.2)
         logits = self.head(x.flatten(1)).float()  # (B, n_classes + 1): an answer for each label
         return logits.gather(1, y[:, None])[:, 0]  # (B,): the answer for the label in y
@@ -114,8 +123,8 @@ class Discriminator(nn.Module):
 class GAN(nn.Module):
     """Two players, and what each of them minimises.
 
-    channels: feature maps at 14 x 14, twice as many at 7 x 7; z_dim: numbers in z; gamma: weight of
-    r1 / 2; size: pixels per side; n_classes: number of labels, or 0
+    channels: feature maps at 14 x 14, twice as many at 7 x 7; z_dim: numbers in z; gamma: d_loss
+    contains gamma / 2 * r1; size: pixels per side; n_classes: number of labels, or 0
     """
 
     def __init__(self, *, channels=32, z_dim=64, gamma=1.0, size=28, n_classes=10):
@@ -134,7 +143,7 @@ class GAN(nn.Module):
         self.discriminator = Discriminator(channels, size, n_classes)
 
     def labels(self, n, y):
-        """Returns y (n,) or, if y is None, n times "no label"."""
+        """y (n,) itself, or n times "no label" if y is None."""
         if y is None:
             y = torch.full((n,), self.n_classes, device=self.generator.label.weight.device)
         return y
@@ -157,11 +166,11 @@ class GAN(nn.Module):
         real = self.discriminator(x, y)
         fake = self.discriminator(x_fake, y)
         # r1 = E |dD(x)/dx|^2. D(x_b) depends on x_b alone, so row b of the gradient of sum_b D(x_b)
-        # is the gradient of D(x_b). create_graph, as r1 is differentiated, too.
+        # is the gradient of D(x_b). create_graph, because r1 itself is differentiated later.
         slope = torch.autograd.grad(real.sum(), x, create_graph=True)[0]
         r1 = slope.square().sum() / len(x)
-        # -log sigmoid(a) = softplus(-a) and -log(1 - sigmoid(a)) = softplus(a), which, unlike the
-        # logarithms, are never infinite
+        # -log sigmoid(a) = softplus(-a) and -log(1 - sigmoid(a)) = softplus(a), where
+        # softplus(a) = log(1 + exp(a)), which, unlike the logarithms, is finite for all a
         loss = F.softplus(-real).mean() + F.softplus(fake).mean() + self.gamma / 2 * r1
         d_real = real.detach().sigmoid().mean()
         d_fake = fake.detach().sigmoid().mean()
@@ -176,7 +185,7 @@ class GAN(nn.Module):
         return loss, {"g_loss": loss.detach()}
 
     def loss(self, x, y=None):
-        """The sum of both losses, and all metrics, for tests; train_step takes one at a time.
+        """The sum of both losses, and all metrics, to evaluate; train_step takes one at a time.
 
         It needs gradients to be enabled, for r1.
         """
@@ -198,7 +207,7 @@ class GAN(nn.Module):
         a = torch.randn(len(x), 1, self.z_dim, device=x.device)
         b = a.roll(-1, 0)  # the z of the next fake
         w = torch.linspace(0, math.pi / 2, 10, device=x.device)[:, None]  # (10, 1)
-        z = w.cos() * a + w.sin() * b  # (N, 10, z_dim), still ~ N(0, 1)
+        z = w.cos() * a + w.sin() * b  # (N, 10, z_dim), still ~ N(0, 1), as cos^2 + sin^2 = 1
         fakes = self.generator(z.flatten(0, 1), self.labels(10 * len(x), None))
         return {"interpolation": (fakes + 1) / 2}
 
@@ -229,7 +238,7 @@ class GAN(nn.Module):
 # ---------------------------------------------------------------- train
 # This section is the same text in all ten scripts, except for these constants and, in gan.py,
 # make_optimizers and train_step. Start reading at train_step.
-NAME = "gan"  # of this script, its folder in out/, and the origin of its checkpoints
+NAME = "gan"  # of the folder in out/; saved in checkpoints, so that others are refused
 Model = GAN
 EPOCHS = 20
 BATCH_SIZE = 64
@@ -248,8 +257,8 @@ def learning_rate(step, total_steps, peak):
 
 
 def make_optimizers(model):
-    """An optimizer for each player, without momentum (the first of the betas is 0): a direction
-    that was right against the opponent of ten steps ago may be wrong against today's.
+    """An optimizer for each player, without momentum (the first of the betas is 0): which
+    would go on in directions that were right against the opponent as it was some steps ago.
 
     train_epoch sets their learning rates.
     """
@@ -270,13 +279,16 @@ def train_step(model, optimizers, autocast, x, y):
     d_optimizer.zero_grad()
     with autocast:
         d_loss, _ = model.d_loss(x, y)
-    d_loss.backward(inputs=list(model.discriminator.parameters()))  # but not for x
+    # only for these: d_loss also needed the gradient of x, for r1, but nobody needs it now
+    d_loss.backward(inputs=list(model.discriminator.parameters()))
     d_optimizer.step()
 
     g_optimizer.zero_grad()
-    with autocast:  # again, which empties its cache of weights: d_loss used them without gradient
+    # A block of its own: until a block ends, autocast keeps its bfloat16 copies of the weights, and
+    # those of the generator, made under no_grad in d_loss, would pass on no gradient.
+    with autocast:
         g_loss, _ = model.g_loss(x, y)
-    g_loss.backward(inputs=list(model.generator.parameters()))  # none for the discriminator
+    g_loss.backward(inputs=list(model.generator.parameters()))  # not for the discriminator
     g_optimizer.step()
     return (d_loss + g_loss).detach()
 
@@ -376,7 +388,7 @@ def draw_samples(model, n, args, chunk=500):
 
 def set_seed(seed, epoch=0):
     """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # every seed has 1,000,003 numbers of its own for its epochs; % keeps to torch's range
+    # seeds do not share numbers, up to a million epochs; % keeps to torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 

@@ -3,21 +3,23 @@
     python gatedcnn.py
 
 Van den Oord et al. 2016, arXiv:1606.05328; fast sampling: Ramachandran et al. 2017,
-arXiv:1704.06001. Differences from the paper: shifted images instead of masked kernels; skips, so
-that each layer also feeds the output directly (as in WaveNet); labels at the input only, not in
-each gate; row and column embeddings; images binarised anew in each epoch (see Shapes); inner
-matrices trained by Muon (see the train section); evaluation with a running average of the weights
-(EMA).
+arXiv:1704.06001. Differences from the paper: binary pixels, where the paper has 256 levels; skips,
+so that each layer also feeds the output directly (as in WaveNet); labels at the input only, not in
+each gate; row and column embeddings; images binarised anew each time they are used (see Shapes);
+the matrices of the layers trained by Muon, an optimizer explained in the train section; evaluation
+with an exponential moving average of the weights (EMA).
 
 Idea
   Like PixelCNN (read pixelcnn.py first), this model predicts each pixel from those before it, row
   by row, with convolutions that must see neither the pixel itself nor any later one. PixelCNN has a
-  blind spot to the upper right, because one masked convolution does two jobs: in the rows above it
-  may look to both sides, but in its own row only to the left.
-  Here each job has a stack of layers of its own. The vertical stack v reads the rows above, to both
-  sides. The horizontal stack h reads the row itself, left of the pixel, and takes in the features
-  of v at each layer. h makes the predictions. Nothing goes from h to v, so v never learns about the
-  row that is being predicted.
+  blind spot to the upper right, because one masked convolution does two jobs. In the rows above it
+  looks to both sides, but in its own row only to the left. That is needed in the row of the pixel
+  that is predicted, but it holds for every row: nothing there takes in what lies to its right in
+  the same row.
+  Here each job has a stack of layers of its own. The vertical stack v reads the rows above, left
+  and right of the pixel. The horizontal stack h reads the row itself, left of the pixel, and takes
+  in the features of v at each layer. h makes the predictions. Nothing goes from h to v, so v never
+  learns about the row that is being predicted.
   The second idea is gating. For each channel, a layer computes a value in (-1, 1), by a tanh, and a
   gate in (0, 1), by a sigmoid, and passes on their product. So it can pass, weaken or block each
   channel, depending on what it sees.
@@ -27,62 +29,71 @@ Maths
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
   x_<i stands for pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
-  which is computed exactly. (Not every model can do that: vae.py only has a bound.) Each term is
-  the binary cross-entropy of one pixel. Averaged over the data, nll is the entropy of the data,
-  which no model can change, plus KL(data || model), which measures how far the model is from the
-  data: 0 if the two distributions are equal, positive otherwise.
-  In a layer, vertical and horizontal are convolutions, v_to_h and out are linear. The output of
-  each has two halves. For out, these are the change of h and the skip. For the others they are
-  values and gates, which are combined by gated(pair) = tanh(values) * sigmoid(gates) (`activate` in
-  the code):
+  which is computed exactly. (Not every model can do that: vae.py only has a bound.) With q =
+  sigmoid(logits_i), a term is -log q if x_i = 1 and -log(1 - q) if x_i = 0: the binary
+  cross-entropy of one pixel. Averaged over images x from the distribution of the data, p_data, it
+  is
+      E[-log p(x)] = E[-log p_data(x)] + E[log(p_data(x) / p(x))] = entropy + KL(p_data || p).
+  No model can change the entropy of the data. The second term, the Kullback-Leibler divergence,
+  says how far the model is from the data: it is 0 if the two distributions are equal, and positive
+  otherwise.
+  In a layer, vertical and horizontal are convolutions; v_to_h and out are linear layers, applied to
+  each pixel's vector by itself. The output of each has two halves. For out, these are the change of
+  h and the skip. For the others they are values and gates, which are combined by gated(pair) =
+  tanh(values) * sigmoid(gates):
       pair = vertical(v)
       mix = gated(horizontal(h) + v_to_h(pair))
       change, skip = out(mix)
       v <- gated(pair),   h <- h + change
   and finally logits = head(relu(h + sum of the skips of all layers)).
   Shifts instead of masks. v starts from a copy of the image that is moved down by one row: v at X
-  starts from the pixel above X. The kernels of v, k // 2 + 1 rows by k columns, read their own row
-  and the rows above, to both sides. That is safe: everywhere in the row of X, even to the right of
-  X, v knows only rows above X. h starts from a copy that is moved right by one pixel. Its kernels,
-  1 x (k // 2 + 1), read their own place and those to the left. If kernels with k = 5 read these
-  copies directly, this is what they would see of the image before it was moved:
+  starts from the pixel above X. Its kernels are k columns wide, k odd, and k // 2 + 1 rows high:
+  they read their own row and the rows above, to both sides. That is safe: everywhere in the row of
+  X, even to the right of X, v knows only rows above X. h starts from a copy that is moved right by
+  one pixel. Its kernels, 1 x (k // 2 + 1), read their own place and those to the left. For example,
+  kernels with k = 5, applied to the two copies, cover these pixels of the image:
         v v v v v      The three rows of v end above X, because v's copy is moved down. The
         v v v v v      three places of h end left of X, because h's copy is moved right.
         v v v v v
       h h h X
-  No blind spot. A layer of v reads its own row to both sides, so each layer widens the view in the
-  row just above X, too. By default a first convolution reads the image, 4 x 7 for v and 1 x 3 for
-  h, and four layers with k = 5 follow. Together X is predicted from 12 rows above (4 + 4 * 2), in
-  each of these up to 11 pixels to either side (3 + 4 * 2), and from 11 pixels to its left (3 + 4 *
-  2). Part of that:
+  The stem, a first convolution for each stack, reads the copies, 4 x 7 for v and 1 x 3 for h. v
+  gets embeddings of row and column, so that a prediction can depend on where it is, and h gets a
+  linear function of v. The layers follow, four with k = 5 by default.
+  No blind spot. A layer of v reads its own row to both sides, so each layer widens the view even in
+  the row just above X. The stem reaches 4 rows up and 3 pixels to either side, and each of the four
+  layers 2 more. So X is predicted from 12 rows above, in each of these up to 11 pixels to either
+  side, and from 11 pixels to its left. Part of that (#):
       # # # # # # # # # # # # # #
       # # # # # # # # # # # # # #
       # # # # # X
   Sampling. v is computed once for each row, as soon as the rows above are drawn, and h once for
   each pixel. Caches keep what later steps read, so nothing is computed twice: all 784 steps
-  together take about as much arithmetic as one pass. Sampling is still slow, because the steps run
-  one after the other.
+  together take about as much arithmetic as one pass of training, which makes all 784 predictions at
+  once. Sampling is still slow, because the steps run one after the other.
   Each pixel is drawn at random with its predicted probability. Always taking the likelier value
   would draw the same image every time, a blank one: after black pixels, black is likelier.
   Labels. With --class-cond, an embedding of the label is added to every vector of v after its first
-  convolution. One training image in ten gets that of "no label" instead, so that one model learns
-  both p(x | y), where y is the label, and p(x). (Without --class-cond, all images do.) With
-  guidance > 1, sample() exaggerates what the label adds:
+  convolution. In training, a label is replaced with probability 1/10 by "no label", which has an
+  embedding of its own. So one model learns both p(x | y), where y is the label, and p(x). (Without
+  --class-cond, every image has "no label".) Above 1, the argument guidance of sample() exaggerates
+  what the label adds (classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598):
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
-  x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels in [0, 1], but
-  the network sees binary pixels. A grey level of 0.7 becomes 1 with probability 0.7, drawn anew
-  each time an image is used (dynamic binarisation). v, h (B, 28, 28, channels): two vectors for
-  each pixel, channels last, as the linear layers need them.
+  x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels, from 0 (black)
+  to 1 (white), but the network sees binary pixels. A grey level of 0.7 becomes 1 with probability
+  0.7, drawn anew each time an image is used (dynamic binarisation). v, h (B, 28, 28, channels): two
+  vectors for each pixel, channels last, as the linear layers need them.
 
 What to expect
   nll is in nats (natural logarithms) per image: summed over pixels, averaged over images. bpd (bits
-  per dimension) = nll / (784 log 2) is the same per pixel and in bits. A model that gives every
-  pixel probability 1/2 has an nll of 784 log 2 = 543; one that gives each pixel the frequency with
-  which it is white in the training images has 206. No honest model can get below 45, the entropy of
-  the coin flips that make a test image binary. If your nll falls below that, there is a leak:
-  predictions see their own pixels (check the shifts).
+  per dimension) = nll / (784 log 2) is the same quantity per pixel, in bits. A model that gives
+  every pixel probability 1/2 has an nll of 784 log 2 = 543; one that always predicts, for each
+  pixel, the share of training images in which it is white has 206. The best figure in
+  bench/README.md, of a larger model trained for 457 epochs, is 78.6. If your nll falls far below
+  that, there is a leak: predictions see their own pixels; check how forward moves the image. (No
+  model without a leak gets below 45, on average: even one that knew the grey levels would have to
+  predict the coin flips that make an image binary, and 45 is their entropy.)
 """
 
 import argparse
@@ -105,7 +116,7 @@ class GatedBlock(nn.Module):
     """One layer of the vertical stack v and of the horizontal stack h, which receives v's features.
 
     With pad = k // 2, v looks at its own row and pad rows above, h at its own pixel and pad pixels
-    to its left. Nothing leaks, as the image is first moved down for v, and right for h.
+    to its left. Nothing leaks, because the image is first moved down for v, and right for h.
     """
 
     def __init__(self, channels, k):
@@ -137,8 +148,8 @@ class GatedBlock(nn.Module):
 class GatedPixelCNN(nn.Module):
     """A vertical and a horizontal stack of gated convolutions over the image.
 
-    channels: length of a pixel's vector in each stack; n_layer: blocks; kernel: the width of
-    their convolutions, odd, at least 3; size: pixels per side; n_classes: number of labels, or 0
+    channels: length of a pixel's vector in each stack; n_layer: blocks; kernel: width k of
+    the kernels of v, odd, at least 3; size: pixels per side; n_classes: number of labels, or 0
     """
 
     def __init__(self, *, channels=32, n_layer=4, kernel=5, size=28, n_classes=10):
@@ -187,7 +198,8 @@ class GatedPixelCNN(nn.Module):
         return self.head((h + skips).relu()).movedim(3, 1).float()
 
     def new_cache(self, n):
-        """What later steps read, for each block: v of all rows so far, h of this row, zero-padded.
+        """What later steps read: for each block its inputs, v of all rows so far and h of this row,
+        zero-padded.
 
         from_stem, from_v: what v contributes to this row of h, from its stem and from each block
         """
@@ -204,7 +216,7 @@ class GatedPixelCNN(nn.Module):
         }
 
     def update_v(self, x, y, r, cache):
-        """Compute row r of the vertical stack, all of it, from the rows above. Adds it to cache."""
+        """Compute row r of v in all blocks, from the rows above, and store it in cache."""
         pad = self.kernel // 2
         rows_above = F.pad(x, (3, 3, 4, 0))[:, :, r : r + 4]  # (B, 1, 4, 3 + W + 3)
         v = self.stem_v(rows_above).movedim(1, 3)  # (B, 1, W, channels)
@@ -241,7 +253,7 @@ class GatedPixelCNN(nn.Module):
         return [weight for weight in self.blocks.parameters() if weight.ndim > 1]
 
     def loss(self, x, y=None):
-        """x (B, 1, H, W) in [0, 1], y (B,) or None -> mean of -log p(x | y) in nats/image, metrics.
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> mean of -log p(x | y) in nats/image; metrics.
 
         In training, one label in ten is replaced by "no label".
         """
@@ -274,7 +286,7 @@ class GatedPixelCNN(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.size**2):
-            # for given pixels, too: later ones need what this call puts into the cache
+            # also for given pixels: it fills the cache, which later pixels read
             logits = self.logits_at(x, y, i, cache)  # (n,)
             if guided:
                 uncond = self.logits_at(x, None, i, uncond_cache)
@@ -285,7 +297,7 @@ class GatedPixelCNN(nn.Module):
 
     @torch.no_grad()
     def pictures(self, x):
-        """x (N, 1, H, W) images, of which ten are used -> {name: pictures}:
+        """x (N, 1, H, W) images, of which the first ten are used -> {name: pictures}:
 
         sampling    (frames, 20, 1, H, W): 20 images as they are drawn, half a row per frame
         completion  (60, 1, H, W): ten images, their upper halves, four completions of each
@@ -337,7 +349,7 @@ class GatedPixelCNN(nn.Module):
 # ---------------------------------------------------------------- train
 # This section is the same text in all ten scripts, except for these constants and, in gan.py,
 # make_optimizers and train_step. Start reading at train_step.
-NAME = "gatedcnn"  # of this script, its folder in out/, and the origin of its checkpoints
+NAME = "gatedcnn"  # of the folder in out/; saved in checkpoints, so that others are refused
 Model = GatedPixelCNN
 EPOCHS = 5
 BATCH_SIZE = 64
@@ -438,7 +450,8 @@ def train_step(model, optimizers, autocast, x, y):
         loss, _ = model.loss(x, y)
     loss.backward()
     # If the norm of the gradient is above 1, scale it down to 1. In the scripts whose loss is a sum
-    # over pixels, it is always far above, so no single step dominates the optimizers' averages.
+    # over pixels, it is always far above. So all steps get the norm 1, and none dominates the
+    # optimizers' averages.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -540,7 +553,7 @@ def draw_samples(model, n, args, chunk=500):
 
 def set_seed(seed, epoch=0):
     """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # every seed has 1,000,003 numbers of its own for its epochs; % keeps to torch's range
+    # seeds do not share numbers, up to a million epochs; % keeps to torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 

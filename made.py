@@ -1,47 +1,52 @@
-"""MADE: one plain network predicts all 784 pixels in one pass; masks keep it from cheating.
+"""MADE (masked autoencoder for distribution estimation): one plain network predicts all 784 pixels
+in one pass; masks keep it from cheating.
 
     python made.py
     # 20 epochs with seed 0: test nll 85.79, in 51 minutes on one CPU core (float32)
 
 Germain et al. 2015, arXiv:1502.03509. Differences from the paper: residual blocks (Nash and Durkan
 2019, arXiv:1904.05626); one order of the pixels, where the paper can average over several; hidden
-units sorted by degree, with evenly spread rather than random degrees (see Masks); labels; images
-binarised anew in each epoch (see Shapes); evaluation with a running average of the weights (EMA).
+units sorted by degree, with evenly spread rather than random degrees (see Masks); optional labels;
+images binarised anew each time they are used (see Shapes); evaluation with an exponential moving
+average of the weights (EMA).
 
 Idea
   A generative model can draw new images, here handwritten digits of 28 x 28 = 784 pixels (MNIST).
   Many, including this one, can also say how probable a given image is. Both become easy if we treat
   an image as a sequence of pixels: predict the first pixel, then the second given the first, and so
-  on. Such a model is called autoregressive; six of the ten scripts of this collection are of this
-  kind.
+  on. Such a model is called autoregressive; six of the ten scripts here are of this kind.
   So we want 784 predictions. A network with 784 inputs and 784 outputs could make them all at once,
-  but it would cheat: output i would simply copy pixel i. MADE cuts every connection by which output
-  i could learn about pixel i or a later one. That leaves 784 honest predictions, all made in one
+  but it would cheat: output i would simply copy pixel i. MADE cuts connections until no path leads
+  from pixel i, or a later one, to output i. That leaves 784 honest predictions, all made in one
   pass. The pass is only a few matrix products, so of the six autoregressive models this one trains
   fastest.
-  The price: fully connected layers do not know which pixels are neighbours, so MADE needs 8 million
-  weights (half of them masked), where the convolutional network of pixelcnn.py has 120,000. And, as
-  in all six, sampling takes 784 steps, because pixel i has to be drawn before pixel i + 1 can be
-  predicted.
+  The price: a fully connected layer cannot use the same weights at every place in the image, as a
+  convolution does. So MADE needs 8 million weights (half of them masked), where pixelcnn.py has
+  120,000. And, as in all six, sampling takes 784 steps, because pixel i has to be drawn before
+  pixel i + 1 can be predicted.
 
 Maths
   Number the pixels row by row, and let x_<i stand for pixels 0 to i - 1. The chain rule of
   probability holds for any distribution:
       p(x) = p(x_0) p(x_1 | x_0) p(x_2 | x_0, x_1) ... = prod_i p(x_i | x_<i)
   The model defines p by these factors. Each sums to 1 over the two values of x_i, so p sums to 1
-  over all images. Output i is a logit, an unbounded number, which the sigmoid turns into a
-  probability:
+  over all images (sum over the last pixel first, then over the one before, and so on). Output i is
+  a logit, an unbounded number, which the sigmoid turns into a probability:
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
   The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
   which is computed exactly. (Not every model can do that: vae.py only has a bound.) With q =
   sigmoid(logits_i), a term is -log q if x_i = 1 and -log(1 - q) if x_i = 0: the binary
-  cross-entropy of one pixel. Averaged over the data, nll is the entropy of the data, which no model
-  can change, plus KL(data || model), which measures how far the model is from the data: 0 if the
-  two distributions are equal, positive otherwise.
-  Masks. Give each hidden unit a degree m: it may see pixels 0 to m - 1. Pixel i, as an input, shows
-  pixel i itself, so its degree is i + 1. Output i may see pixels 0 to i - 1, so its degree is i.
-  Then one rule masks every layer:
+  cross-entropy of one pixel. Averaged over images x from the distribution of the data, p_data, it
+  is
+      E[-log p(x)] = E[-log p_data(x)] + E[log(p_data(x) / p(x))] = entropy + KL(p_data || p).
+  No model can change the entropy of the data. The second term, the Kullback-Leibler divergence,
+  says how far the model is from the data: it is 0 if the two distributions are equal, and positive
+  otherwise.
+  Masks. Give every unit a degree m: it may depend on the first m pixels, 0 to m - 1, and on no
+  others. Input i is pixel i, one of the first i + 1, so its degree is i + 1. Output i may depend on
+  the first i, so its degree is i. Each hidden unit is given a degree from 1 to the number of pixels
+  - 1. Then one rule masks every layer:
       unit k may see unit j of the previous layer if degree j <= degree k.
   For four pixels and three hidden units of degrees 1, 2 and 3, the rule keeps these weights:
                x0 x1 x2 x3                    h1 h2 h3
@@ -52,36 +57,43 @@ Maths
   In general, degrees never fall along a path. A path from pixel i, of degree i + 1, to output k, of
   degree k, exists only if i + 1 <= k. So output k sees only pixels before k, through any number of
   layers.
-  A residual block, h + f(h) with two masked layers in f, has the same degrees before and after:
-  unit k of the sum sees the same pixels as unit k of h. One more masked layer, `direct`, leads from
-  the pixels straight to the outputs.
-  Here the degrees of 1568 units run evenly from 1 to 783, about two units each, in ascending order.
-  Drawn at random, as in the paper, they would leave one degree in seven without a unit.
+  The network. After the first masked layer come residual blocks, and after these the last masked
+  layer. A residual block, h + f(h) with two masked layers in f, has the same degrees before and
+  after: unit k of the sum sees the same pixels as unit k of h. One more masked layer, `direct`,
+  leads from the pixels straight to the outputs, so that the hidden units need not pass on what a
+  single pixel tells about another.
+  Here each hidden layer has 1568 units. Their degrees run evenly from 1 to 783, about two units for
+  each, in ascending order. Drawn at random, as in the paper, they would leave one degree in seven
+  without a unit.
   Sampling. Once pixel i - 1 is drawn, the units of degree i can be computed, and never change
   again. They lie next to each other, as units are sorted by degree. So step i computes just this
   slice of each layer, and all 784 steps together take no more arithmetic than one pass. Sampling is
   still slow, because the steps run one after the other.
   Each pixel is drawn at random with its predicted probability. Always taking the likelier value
   would draw the same image every time, a blank one: after black pixels, black is likelier.
-  Labels. With --class-cond, the embedding of the label is added to the hidden units after the first
-  layer (no pixel enters it, so the masks still hold). One training image in ten gets that of "no
-  label" instead, so that one model learns both p(x | y), where y is the label, and p(x). (Without
-  --class-cond, all images do.) With guidance > 1, sample() exaggerates what the label adds:
+  Labels. With --class-cond, a learned vector for the label, its embedding, is added to the output
+  of the first layer (it depends on no pixel, so the masks still hold). In training, a label is
+  replaced with probability 1/10 by "no label", which has an embedding of its own. So one model
+  learns both p(x | y), where y is the label, and p(x). (Without --class-cond, every image has "no
+  label".) Above 1, the argument guidance of sample() exaggerates what the label adds
+  (classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598):
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
-  x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels in [0, 1], but
-  the network sees binary pixels. A grey level of 0.7 becomes 1 with probability 0.7, drawn anew
-  each time an image is used (dynamic binarisation). pixels (B, 784); hidden units h (B, hidden);
-  logits (B, 1, 28, 28).
+  x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels, from 0 (black)
+  to 1 (white), but the network sees binary pixels. A grey level of 0.7 becomes 1 with probability
+  0.7, drawn anew each time an image is used (dynamic binarisation). pixels (B, 784); hidden units h
+  (B, hidden); logits (B, 1, 28, 28).
 
 What to expect
   nll is in nats (natural logarithms) per image: summed over pixels, averaged over images. bpd (bits
-  per dimension) = nll / (784 log 2) is the same per pixel and in bits. A model that gives every
-  pixel probability 1/2 has an nll of 784 log 2 = 543; one that gives each pixel the frequency with
-  which it is white in the training images has 206. A trained model reaches about 86. No honest
-  model can get below 45, the entropy of the coin flips that make a test image binary. If your nll
-  falls below that, there is a leak: predictions see their own pixels (check the masks).
+  per dimension) = nll / (784 log 2) is the same quantity per pixel, in bits. A model that gives
+  every pixel probability 1/2 has an nll of 784 log 2 = 543; one that always predicts, for each
+  pixel, the share of training images in which it is white has 206. A trained model reaches about
+  86. The best figure in bench/README.md, of a larger model trained for 457 epochs, is 78.6. If your
+  nll falls far below that, there is a leak: predictions see their own pixels; check the masks. (No
+  model without a leak gets below 45, on average: even one that knew the grey levels would have to
+  predict the coin flips that make an image binary, and 45 is their entropy.)
 """
 
 import argparse
@@ -151,9 +163,8 @@ class MADE(nn.Module):
         pixel = torch.arange(n_pixels)
         # evenly from 1 to n_pixels - 1: 1, 1, 1, 2, 2, 3, 3, ... for 1568 units and 784 pixels
         degree = 1 + torch.arange(hidden) * (n_pixels - 1) // hidden
-        self.n_units = (
-            (degree <= pixel[:, None]).sum(1).tolist()
-        )  # [i]: number of units of degree <= i
+        # n_units[i]: number of units of degree i or less
+        self.n_units = (degree <= pixel[:, None]).sum(1).tolist()
         self.label = nn.Embedding(n_classes + 1, hidden)  # the last entry is "no label"
         nn.init.zeros_(self.label.weight)  # at first labels change nothing
         self.stem = MaskedLinear(pixel + 1, degree)
@@ -175,7 +186,7 @@ class MADE(nn.Module):
         return (self.direct(pixels) + self.head(h.relu())).view_as(x).float()
 
     def new_cache(self, n):
-        """Zeros that logits_at fills: what goes into each block's layers and into the head."""
+        """Zeros, to be filled by logits_at with what goes into each block's layers and the head."""
         zeros = self.label.weight.new_zeros(2 * len(self.blocks) + 1, n, self.head.in_features)
         # blocks (n_layer, 2, n, hidden): what goes into first and last of each block
         return {"blocks": zeros[:-1].unflatten(0, (-1, 2)), "head": zeros[-1]}
@@ -203,12 +214,12 @@ class MADE(nn.Module):
         return logits[:, 0].float()
 
     def hidden_weights(self):
-        """The weights for Muon (see the train section): none, as its extra work on matrices of
-        1568 x 1568 would take far longer than all the rest."""
+        """The weights for Muon (see the train section): none, because its extra work on
+        matrices of 1568 x 1568 would take far longer than all the rest."""
         return []
 
     def loss(self, x, y=None):
-        """x (B, 1, H, W) in [0, 1], y (B,) or None -> mean of -log p(x | y) in nats/image, metrics.
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> mean of -log p(x | y) in nats/image; metrics.
 
         In training, one label in ten is replaced by "no label".
         """
@@ -241,7 +252,7 @@ class MADE(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.size**2):
-            # for given pixels, too: later ones need what this call puts into the cache
+            # also for given pixels: it fills the cache, which later pixels read
             logits = self.logits_at(x, y, i, cache)  # (n,)
             if guided:
                 uncond = self.logits_at(x, None, i, uncond_cache)
@@ -252,7 +263,7 @@ class MADE(nn.Module):
 
     @torch.no_grad()
     def pictures(self, x):
-        """x (N, 1, H, W) images, of which ten are used -> {name: pictures}:
+        """x (N, 1, H, W) images, of which the first ten are used -> {name: pictures}:
 
         sampling    (frames, 20, 1, H, W): 20 images as they are drawn, half a row per frame
         completion  (60, 1, H, W): ten images, their upper halves, four completions of each
@@ -295,7 +306,7 @@ class MADE(nn.Module):
 # ---------------------------------------------------------------- train
 # This section is the same text in all ten scripts, except for these constants and, in gan.py,
 # make_optimizers and train_step. Start reading at train_step.
-NAME = "made"  # of this script, its folder in out/, and the origin of its checkpoints
+NAME = "made"  # of the folder in out/; saved in checkpoints, so that others are refused
 Model = MADE
 EPOCHS = 20
 BATCH_SIZE = 128
@@ -396,7 +407,8 @@ def train_step(model, optimizers, autocast, x, y):
         loss, _ = model.loss(x, y)
     loss.backward()
     # If the norm of the gradient is above 1, scale it down to 1. In the scripts whose loss is a sum
-    # over pixels, it is always far above, so no single step dominates the optimizers' averages.
+    # over pixels, it is always far above. So all steps get the norm 1, and none dominates the
+    # optimizers' averages.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -498,7 +510,7 @@ def draw_samples(model, n, args, chunk=500):
 
 def set_seed(seed, epoch=0):
     """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # every seed has 1,000,003 numbers of its own for its epochs; % keeps to torch's range
+    # seeds do not share numbers, up to a million epochs; % keeps to torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 

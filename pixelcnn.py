@@ -5,9 +5,9 @@
 Van den Oord et al. 2016, arXiv:1601.06759; fast sampling: Ramachandran et al. 2017,
 arXiv:1704.06001. Differences from the paper: masked 5 x 5 convolutions instead of 3 x 3; the rows
 below the centre, which would be all zeros, are left out of the kernels; a linear head; row and
-column embeddings, so that a prediction can depend on where it is; labels; images binarised anew in
-each epoch (see Shapes); inner matrices trained by Muon (see the train section); evaluation with a
-running average of the weights (EMA).
+column embeddings, so that a prediction can depend on where it is; optional labels; images binarised
+anew each time they are used (see Shapes); the matrices of the layers trained by Muon, an optimizer
+explained in the train section; evaluation with an exponential moving average of the weights (EMA).
 
 Idea
   Treat an image as a sequence of pixels, row by row, and predict each pixel from those before it
@@ -26,10 +26,14 @@ Maths
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
   x_<i stands for pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
-  which is computed exactly. (Not every model can do that: vae.py only has a bound.) Each term is
-  the binary cross-entropy of one pixel. Averaged over the data, nll is the entropy of the data,
-  which no model can change, plus KL(data || model), which measures how far the model is from the
-  data: 0 if the two distributions are equal, positive otherwise.
+  which is computed exactly. (Not every model can do that: vae.py only has a bound.) With q =
+  sigmoid(logits_i), a term is -log q if x_i = 1 and -log(1 - q) if x_i = 0: the binary
+  cross-entropy of one pixel. Averaged over images x from the distribution of the data, p_data, it
+  is
+      E[-log p(x)] = E[-log p_data(x)] + E[log(p_data(x) / p(x))] = entropy + KL(p_data || p).
+  No model can change the entropy of the data. The second term, the Kullback-Leibler divergence,
+  says how far the model is from the data: it is 0 if the two distributions are equal, and positive
+  otherwise.
   Masks. A kernel is centred on X, the pixel to predict. The mask keeps the weights for the rows
   above X and, in the row of X, for the pixels to its left. There are two masks, which differ only
   in the centre m. For a kernel of 3 x 3:
@@ -60,24 +64,27 @@ Maths
   Each pixel is drawn at random with its predicted probability. Always taking the likelier value
   would draw the same image every time, a blank one: after black pixels, black is likelier.
   Labels. With --class-cond, an embedding of the label is added to every pixel's vector after the
-  first layer. One training image in ten gets that of "no label" instead, so that one model learns
-  both p(x | y), where y is the label, and p(x). (Without --class-cond, all images do.) With
-  guidance > 1, sample() exaggerates what the label adds:
+  first layer. In training, a label is replaced with probability 1/10 by "no label", which has an
+  embedding of its own. So one model learns both p(x | y), where y is the label, and p(x). (Without
+  --class-cond, every image has "no label".) Above 1, the argument guidance of sample() exaggerates
+  what the label adds (classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598):
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
-  x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels in [0, 1], but
-  the network sees binary pixels. A grey level of 0.7 becomes 1 with probability 0.7, drawn anew
-  each time an image is used (dynamic binarisation). h (B, 28, 28, 2 * channels): a vector for each
-  pixel, channels last, as the linear layers need them.
+  x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels, from 0 (black)
+  to 1 (white), but the network sees binary pixels. A grey level of 0.7 becomes 1 with probability
+  0.7, drawn anew each time an image is used (dynamic binarisation). h (B, 28, 28, 2 * channels): a
+  vector for each pixel, channels last, as the linear layers need them.
 
 What to expect
   nll is in nats (natural logarithms) per image: summed over pixels, averaged over images. bpd (bits
-  per dimension) = nll / (784 log 2) is the same per pixel and in bits. A model that gives every
-  pixel probability 1/2 has an nll of 784 log 2 = 543; one that gives each pixel the frequency with
-  which it is white in the training images has 206. No honest model can get below 45, the entropy of
-  the coin flips that make a test image binary. If your nll falls below that, there is a leak:
-  predictions see their own pixels (check the masks).
+  per dimension) = nll / (784 log 2) is the same quantity per pixel, in bits. A model that gives
+  every pixel probability 1/2 has an nll of 784 log 2 = 543; one that always predicts, for each
+  pixel, the share of training images in which it is white has 206. The best figure in
+  bench/README.md, of a larger model trained for 457 epochs, is 78.6. If your nll falls far below
+  that, there is a leak: predictions see their own pixels; check the masks. (No model without a leak
+  gets below 45, on average: even one that knew the grey levels would have to predict the coin flips
+  that make an image binary, and 45 is their entropy.)
 """
 
 import argparse
@@ -213,7 +220,7 @@ class PixelCNN(nn.Module):
         return [weight for weight in self.blocks.parameters() if weight.ndim > 1]
 
     def loss(self, x, y=None):
-        """x (B, 1, H, W) in [0, 1], y (B,) or None -> mean of -log p(x | y) in nats/image, metrics.
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> mean of -log p(x | y) in nats/image; metrics.
 
         In training, one label in ten is replaced by "no label".
         """
@@ -246,7 +253,7 @@ class PixelCNN(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.size**2):
-            # for given pixels, too: later ones need what this call puts into the cache
+            # also for given pixels: it fills the cache, which later pixels read
             logits = self.logits_at(x, y, i, cache)  # (n,)
             if guided:
                 uncond = self.logits_at(x, None, i, uncond_cache)
@@ -257,7 +264,7 @@ class PixelCNN(nn.Module):
 
     @torch.no_grad()
     def pictures(self, x):
-        """x (N, 1, H, W) images, of which ten are used -> {name: pictures}:
+        """x (N, 1, H, W) images, of which the first ten are used -> {name: pictures}:
 
         sampling    (frames, 20, 1, H, W): 20 images as they are drawn, half a row per frame
         completion  (60, 1, H, W): ten images, their upper halves, four completions of each
@@ -309,7 +316,7 @@ class PixelCNN(nn.Module):
 # ---------------------------------------------------------------- train
 # This section is the same text in all ten scripts, except for these constants and, in gan.py,
 # make_optimizers and train_step. Start reading at train_step.
-NAME = "pixelcnn"  # of this script, its folder in out/, and the origin of its checkpoints
+NAME = "pixelcnn"  # of the folder in out/; saved in checkpoints, so that others are refused
 Model = PixelCNN
 EPOCHS = 8
 BATCH_SIZE = 64
@@ -410,7 +417,8 @@ def train_step(model, optimizers, autocast, x, y):
         loss, _ = model.loss(x, y)
     loss.backward()
     # If the norm of the gradient is above 1, scale it down to 1. In the scripts whose loss is a sum
-    # over pixels, it is always far above, so no single step dominates the optimizers' averages.
+    # over pixels, it is always far above. So all steps get the norm 1, and none dominates the
+    # optimizers' averages.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -512,7 +520,7 @@ def draw_samples(model, n, args, chunk=500):
 
 def set_seed(seed, epoch=0):
     """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # every seed has 1,000,003 numbers of its own for its epochs; % keeps to torch's range
+    # seeds do not share numbers, up to a million epochs; % keeps to torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 

@@ -1,21 +1,22 @@
-"""PixelRNN: an LSTM reads an image pixel by pixel and predicts each one from its memory of the
-past.
+"""PixelRNN: an LSTM (long short-term memory) reads an image pixel by pixel and predicts each one
+from its memory of the past.
 
     python rnn.py
 
 Van den Oord et al. 2016, arXiv:1601.06759; LSTM: Hochreiter and Schmidhuber 1997; its forget gate:
-Gers, Schmidhuber and Cummins 2000. Differences from the paper: an LSTM along the pixels in raster
-order, where the paper has LSTMs that process a whole row or diagonal at once; the convolution at
-the input sees all of the last 87 pixels; layer norms; row and column embeddings; labels; images
-binarised anew in each epoch (see Shapes); inner matrices trained by Muon (see the train section);
-evaluation with a running average of the weights (EMA).
+Gers, Schmidhuber and Cummins 2000. Differences from the first: an LSTM along the pixels in raster
+order, where the paper has LSTMs that process a whole row or diagonal at once; a convolution at the
+input that covers the last 87 pixels; layer norms; row and column embeddings; optional labels;
+images binarised anew each time they are used (see Shapes); the matrices of the layers trained by
+Muon, an optimizer explained in the train section; evaluation with an exponential moving average of
+the weights (EMA).
 
 Idea
   Treat an image as a sequence of pixels, row by row, and predict each pixel from those before it
   (made.py explains why that makes a generative model). A recurrent network reads the sequence as we
-  read text: at each step it updates a memory of fixed size, and predicts from that. So the cost of
-  a step does not depend on how much came before, and there is no limit to how far back the memory
-  can reach.
+  read text: at each step it updates a memory of fixed size, and predicts from that and from the
+  pixels just read. So the cost of a step does not depend on how much came before, and there is no
+  limit to how far back the memory can reach.
   The difficulty is to keep something in memory for hundreds of steps. In a plain recurrent network,
   the gradient of a late prediction is multiplied by a matrix at every step on its way back, so it
   tends to vanish or explode. The LSTM instead multiplies each number of its memory c by a gate
@@ -32,10 +33,14 @@ Maths
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
   x_<i stands for pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
-  which is computed exactly. (Not every model can do that: vae.py only has a bound.) Each term is
-  the binary cross-entropy of one pixel. Averaged over the data, nll is the entropy of the data,
-  which no model can change, plus KL(data || model), which measures how far the model is from the
-  data: 0 if the two distributions are equal, positive otherwise.
+  which is computed exactly. (Not every model can do that: vae.py only has a bound.) With q =
+  sigmoid(logits_i), a term is -log q if x_i = 1 and -log(1 - q) if x_i = 0: the binary
+  cross-entropy of one pixel. Averaged over images x from the distribution of the data, p_data, it
+  is
+      E[-log p(x)] = E[-log p_data(x)] + E[log(p_data(x) / p(x))] = entropy + KL(p_data || p).
+  No model can change the entropy of the data. The second term, the Kullback-Leibler divergence,
+  says how far the model is from the data: it is 0 if the two distributions are equal, and positive
+  otherwise.
   Tokens. Token i, the input of step i, is the output of the convolution `stem` on the 87 pixels
   before pixel i, plus embeddings of the row and the column of pixel i.
   An LSTM has two states, vectors of n_embd numbers: the memory c, and h, what it shows of c. In
@@ -49,7 +54,9 @@ Maths
       c_i = f * c_{i-1} + u * g
       h_i = o * tanh(c_i)
   Leaving aside the indirect path (through h_{i-1}, c_{i-1} also affects f, u and g), dc_i /
-  dc_{i-1} = f. So where the network sets f near 1, both the memory and its gradient fade slowly.
+  dc_{i-1} = f. So where the network sets f near 1, both the memory and its gradient fade slowly. At
+  the start of an image h and c are 0. (nn.LSTM keeps the parts of W for a and for h apart, and
+  calls u the input gate i.)
   Two LSTMs are stacked. The first adds its h to the token. The second reads that sum after another
   layer norm and adds its own h. A linear layer computes the logit from the last sum, again
   normalised.
@@ -57,25 +64,29 @@ Maths
   past.
   Each pixel is drawn at random with its predicted probability. Always taking the likelier value
   would draw the same image every time, a blank one: after black pixels, black is likelier.
-  Labels. With --class-cond, an embedding of the label is added to every token. One training image
-  in ten gets that of "no label" instead, so that one model learns both p(x | y), where y is the
-  label, and p(x). (Without --class-cond, all images do.) With guidance > 1, sample() exaggerates
-  what the label adds:
+  Labels. With --class-cond, an embedding of the label is added to every token. In training, a label
+  is replaced with probability 1/10 by "no label", which has an embedding of its own. So one model
+  learns both p(x | y), where y is the label, and p(x). (Without --class-cond, every image has "no
+  label".) Above 1, the argument guidance of sample() exaggerates what the label adds
+  (classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598):
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
-  x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels in [0, 1], but
-  the network sees binary pixels. A grey level of 0.7 becomes 1 with probability 0.7, drawn anew
-  each time an image is used (dynamic binarisation). tokens, and what each layer makes of them (B,
-  784, n_embd); the states h and c (1, B, n_embd), where 1 is the number of layers of an nn.LSTM.
+  x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels, from 0 (black)
+  to 1 (white), but the network sees binary pixels. A grey level of 0.7 becomes 1 with probability
+  0.7, drawn anew each time an image is used (dynamic binarisation). The tokens and the output of
+  each layer are (B, 784, n_embd); the states h and c are (1, B, n_embd), where 1 is the number of
+  layers of an nn.LSTM.
 
 What to expect
   nll is in nats (natural logarithms) per image: summed over pixels, averaged over images. bpd (bits
-  per dimension) = nll / (784 log 2) is the same per pixel and in bits. A model that gives every
-  pixel probability 1/2 has an nll of 784 log 2 = 543; one that gives each pixel the frequency with
-  which it is white in the training images has 206. No honest model can get below 45, the entropy of
-  the coin flips that make a test image binary. If your nll falls below that, there is a leak:
-  predictions see their own pixels (check the padding in tokens).
+  per dimension) = nll / (784 log 2) is the same quantity per pixel, in bits. A model that gives
+  every pixel probability 1/2 has an nll of 784 log 2 = 543; one that always predicts, for each
+  pixel, the share of training images in which it is white has 206. The best figure in
+  bench/README.md, of a larger model trained for 457 epochs, is 78.6. If your nll falls far below
+  that, there is a leak: predictions see their own pixels; check the padding in tokens. (No model
+  without a leak gets below 45, on average: even one that knew the grey levels would have to predict
+  the coin flips that make an image binary, and 45 is their entropy.)
 """
 
 import argparse
@@ -109,7 +120,7 @@ class PixelRNN(nn.Module):
             )
         self.size = size
         self.n_classes = n_classes
-        self.context = 3 * size + 3  # pixels: reaches three rows up and three to the left
+        self.context = 3 * size + 3  # pixels: back to three rows up and three columns left
         self.stem = nn.Conv1d(1, n_embd, self.context)
         self.row = nn.Parameter(0.02 * torch.randn(size, 1, n_embd))
         self.col = nn.Parameter(0.02 * torch.randn(1, size, n_embd))
@@ -168,7 +179,7 @@ class PixelRNN(nn.Module):
         return [weight for weight in self.layers.parameters() if weight.ndim > 1]
 
     def loss(self, x, y=None):
-        """x (B, 1, H, W) in [0, 1], y (B,) or None -> mean of -log p(x | y) in nats/image, metrics.
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> mean of -log p(x | y) in nats/image; metrics.
 
         In training, one label in ten is replaced by "no label".
         """
@@ -201,7 +212,7 @@ class PixelRNN(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.size**2):
-            # for given pixels, too: later ones need what this call puts into the cache
+            # also for given pixels: it fills the cache, which later pixels read
             logits = self.logits_at(x, y, i, cache)  # (n,)
             if guided:
                 uncond = self.logits_at(x, None, i, uncond_cache)
@@ -212,7 +223,7 @@ class PixelRNN(nn.Module):
 
     @torch.no_grad()
     def pictures(self, x):
-        """x (N, 1, H, W) images, of which ten are used -> {name: pictures}:
+        """x (N, 1, H, W) images, of which the first ten are used -> {name: pictures}:
 
         sampling    (frames, 20, 1, H, W): 20 images as they are drawn, half a row per frame
         completion  (60, 1, H, W): ten images, their upper halves, four completions of each
@@ -255,7 +266,7 @@ class PixelRNN(nn.Module):
 # ---------------------------------------------------------------- train
 # This section is the same text in all ten scripts, except for these constants and, in gan.py,
 # make_optimizers and train_step. Start reading at train_step.
-NAME = "rnn"  # of this script, its folder in out/, and the origin of its checkpoints
+NAME = "rnn"  # of the folder in out/; saved in checkpoints, so that others are refused
 Model = PixelRNN
 EPOCHS = 3
 BATCH_SIZE = 64
@@ -356,7 +367,8 @@ def train_step(model, optimizers, autocast, x, y):
         loss, _ = model.loss(x, y)
     loss.backward()
     # If the norm of the gradient is above 1, scale it down to 1. In the scripts whose loss is a sum
-    # over pixels, it is always far above, so no single step dominates the optimizers' averages.
+    # over pixels, it is always far above. So all steps get the norm 1, and none dominates the
+    # optimizers' averages.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -458,7 +470,7 @@ def draw_samples(model, n, args, chunk=500):
 
 def set_seed(seed, epoch=0):
     """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # every seed has 1,000,003 numbers of its own for its epochs; % keeps to torch's range
+    # seeds do not share numbers, up to a million epochs; % keeps to torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 

@@ -3,11 +3,11 @@
     python transformer.py
 
 Vaswani et al. 2017, arXiv:1706.03762; on pixels: Chen et al. 2020 (Image GPT). Differences from the
-2017 paper: decoder only, as in GPT; layer norms without learned weights, before attention, MLP and
-output, and on queries and keys; squared ReLU; no biases in the blocks, no dropout; a convolution at
-the input; learned embeddings of row and column; labels; images binarised anew in each epoch (see
-Shapes); inner matrices trained by Muon (see the train section); evaluation with a running average
-of the weights (EMA).
+2017 paper: decoder only, as in GPT; layer norms stand before attention, MLP and output, and also on
+queries and keys, and have no learned weights; squared ReLU; no biases in the blocks, no dropout; a
+convolution at the input; learned embeddings of row and column; optional labels; images binarised
+anew each time they are used (see Shapes); the matrices of the layers trained by Muon, an optimizer
+explained in the train section; evaluation with an exponential moving average of the weights (EMA).
 
 Idea
   Treat an image as a sequence of pixels, row by row, and predict each pixel from those before it
@@ -16,10 +16,10 @@ Idea
   into a memory of fixed size (rnn.py). A transformer keeps all of the past, and decides at each
   pixel where to look, depending on the image so far. This is called attention.
   Each place in the sequence has a token, a vector; token i is made from the pixels before pixel i,
-  and becomes the prediction of pixel i. Three linear maps turn it into a query (what the token is
-  looking for), a key (what it has to offer) and a value (the information that it hands over). A
-  token compares its query with its own key and with those of all tokens before it. Then it averages
-  their values, weighted by how well query and key match.
+  and is turned layer by layer into the prediction of pixel i. Three linear maps give its query
+  (what the token is looking for), its key (what it can be found by) and its value (what it hands
+  over when found). A token compares its query with its own key and with those of all tokens before
+  it. Then it averages their values, weighted by how well query and key match.
   Attention treats the past as a set: it has no notion of near and far. So each token is given
   learned embeddings of its row and its column. The convolution `stem` makes token i from the last
   87 pixels, about three rows; attention brings in what is further back.
@@ -33,47 +33,58 @@ Maths
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
   x_<i stands for pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
-  which is computed exactly. (Not every model can do that: vae.py only has a bound.) Each term is
-  the binary cross-entropy of one pixel. Averaged over the data, nll is the entropy of the data,
-  which no model can change, plus KL(data || model), which measures how far the model is from the
-  data: 0 if the two distributions are equal, positive otherwise.
+  which is computed exactly. (Not every model can do that: vae.py only has a bound.) With q =
+  sigmoid(logits_i), a term is -log q if x_i = 1 and -log(1 - q) if x_i = 0: the binary
+  cross-entropy of one pixel. Averaged over images x from the distribution of the data, p_data, it
+  is
+      E[-log p(x)] = E[-log p_data(x)] + E[log(p_data(x) / p(x))] = entropy + KL(p_data || p).
+  No model can change the entropy of the data. The second term, the Kullback-Leibler divergence,
+  says how far the model is from the data: it is 0 if the two distributions are equal, and positive
+  otherwise.
+  A block, as below, changes all tokens; n_layer blocks follow one another, and at the end a linear
+  map turns token i into logits_i.
   Attention, for queries q, keys k and values v of d numbers each:
-      attention_i = sum_{j <= i} w_ij v_j,   w_ij = softmax_j(q_i k_j / sqrt(d)) over j <= i
-  Here q_i k_j is a dot product. The softmax makes the weights w_ij positive, summing to 1 for each
-  i. Layer norm gives q and k a length of sqrt(d), so q_i k_j = d cos(angle); between random
-  directions in d dimensions the cosine is typically about 1 / sqrt(d) in size, so q_i k_j is of
-  order sqrt(d). Without the division, the softmax would start out with most of the weight on one j
-  or a few, which slows learning.
-  With n_head > 1, the vectors are split into several heads, of d = n_embd / n_head numbers each,
-  that attend independently.
+      attention_i = sum_{j <= i} w_ij v_j
+      w_ij = softmax_j(s_ij) = exp(s_ij) / sum_{j <= i} exp(s_ij),   s_ij = q_i k_j / sqrt(d)
+  q_i k_j is a dot product. The softmax makes the weights w_ij positive, summing to 1 for each i.
+  Layer norm gives the numbers in q and in k mean 0 and mean square 1, so a length of sqrt(d), and
+  q_i k_j = d cos(angle). Between random directions in d dimensions the cosine is typically about 1
+  / sqrt(d) in size, so q_i k_j is of order sqrt(d). Divided by sqrt(d), it is of order 1. Without
+  the division, the softmax could start out with most of the weight on one j or a few, where its
+  gradient is almost 0.
+  With n_head > 1, q, k and v are each cut into n_head pieces of d = n_embd / n_head numbers. The
+  pieces, called heads, attend with weights of their own, and the results are put side by side.
   A block adds two things to each token: what attention has collected (after a linear map that mixes
   the heads), and then the output of a small network (MLP) that sees this token alone.
-  Causality. Token i is made of the pixels before pixel i only, so it may attend to itself (j <= i)
-  and still not see its answer: all that it collects comes from tokens up to i, so from pixels up to
-  i - 1.
+  Causality. Token i is made from the pixels before pixel i only, so it may attend to itself (j <=
+  i) and still not see its answer: all that it collects comes from tokens up to i, so from pixels up
+  to i - 1.
   Sampling. A token does not depend on later pixels, so its key and value are computed once and kept
   in a cache. Step i computes token i alone, and compares its query with the keys so far.
   Each pixel is drawn at random with its predicted probability. Always taking the likelier value
   would draw the same image every time, a blank one: after black pixels, black is likelier.
-  Labels. With --class-cond, an embedding of the label is added to every token. One training image
-  in ten gets that of "no label" instead, so that one model learns both p(x | y), where y is the
-  label, and p(x). (Without --class-cond, all images do.) With guidance > 1, sample() exaggerates
-  what the label adds:
+  Labels. With --class-cond, an embedding of the label is added to every token. In training, a label
+  is replaced with probability 1/10 by "no label", which has an embedding of its own. So one model
+  learns both p(x | y), where y is the label, and p(x). (Without --class-cond, every image has "no
+  label".) Above 1, the argument guidance of sample() exaggerates what the label adds
+  (classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598):
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
-  x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels in [0, 1], but
-  the network sees binary pixels. A grey level of 0.7 becomes 1 with probability 0.7, drawn anew
-  each time an image is used (dynamic binarisation). tokens (B, 784, n_embd); q, k, v (B, n_head,
-  784, n_embd / n_head).
+  x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels, from 0 (black)
+  to 1 (white), but the network sees binary pixels. A grey level of 0.7 becomes 1 with probability
+  0.7, drawn anew each time an image is used (dynamic binarisation). The tokens are (B, 784,
+  n_embd); q, k and v are (B, n_head, 784, n_embd / n_head).
 
 What to expect
   nll is in nats (natural logarithms) per image: summed over pixels, averaged over images. bpd (bits
-  per dimension) = nll / (784 log 2) is the same per pixel and in bits. A model that gives every
-  pixel probability 1/2 has an nll of 784 log 2 = 543; one that gives each pixel the frequency with
-  which it is white in the training images has 206. No honest model can get below 45, the entropy of
-  the coin flips that make a test image binary. If your nll falls below that, there is a leak:
-  predictions see their own pixels (check the padding in tokens).
+  per dimension) = nll / (784 log 2) is the same quantity per pixel, in bits. A model that gives
+  every pixel probability 1/2 has an nll of 784 log 2 = 543; one that always predicts, for each
+  pixel, the share of training images in which it is white has 206. The best figure in
+  bench/README.md, of a larger model trained for 457 epochs, is 78.6. If your nll falls far below
+  that, there is a leak: predictions see their own pixels; check the padding in tokens. (No model
+  without a leak gets below 45, on average: even one that knew the grey levels would have to predict
+  the coin flips that make an image binary, and 45 is their entropy.)
 """
 
 import argparse
@@ -140,13 +151,13 @@ class PixelTransformer(nn.Module):
         super().__init__()
         if min(n_embd, n_head, n_layer) < 1 or size < 2 or n_classes < 0:
             raise ValueError("n_embd, n_head, n_layer must be >= 1, size >= 2, n_classes >= 0")
-        if n_embd % n_head != 0:
-            raise ValueError("n_embd must be a multiple of n_head")
+        if n_embd % n_head != 0 or n_embd == n_head:
+            raise ValueError("n_embd must be a multiple of n_head, and larger")
         self.size = size
         self.n_classes = n_classes
         self.n_embd = n_embd
         self.n_head = n_head
-        self.context = 3 * size + 3  # pixels: reaches three rows up and three to the left
+        self.context = 3 * size + 3  # pixels: back to three rows up and three columns left
         self.stem = nn.Conv1d(1, n_embd, self.context)
         self.row = nn.Parameter(0.02 * torch.randn(size, 1, n_embd))
         self.col = nn.Parameter(0.02 * torch.randn(1, size, n_embd))
@@ -200,7 +211,7 @@ class PixelTransformer(nn.Module):
         return [weight for weight in self.blocks.parameters() if weight.ndim > 1]
 
     def loss(self, x, y=None):
-        """x (B, 1, H, W) in [0, 1], y (B,) or None -> mean of -log p(x | y) in nats/image, metrics.
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> mean of -log p(x | y) in nats/image; metrics.
 
         In training, one label in ten is replaced by "no label".
         """
@@ -233,7 +244,7 @@ class PixelTransformer(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.size**2):
-            # for given pixels, too: later ones need what this call puts into the cache
+            # also for given pixels: it fills the cache, which later pixels read
             logits = self.logits_at(x, y, i, cache)  # (n,)
             if guided:
                 uncond = self.logits_at(x, None, i, uncond_cache)
@@ -244,7 +255,7 @@ class PixelTransformer(nn.Module):
 
     @torch.no_grad()
     def pictures(self, x):
-        """x (N, 1, H, W) images, of which ten are used -> {name: pictures}:
+        """x (N, 1, H, W) images, of which the first ten are used -> {name: pictures}:
 
         sampling    (frames, 20, 1, H, W): 20 images as they are drawn, half a row per frame
         completion  (60, 1, H, W): ten images, their upper halves, four completions of each
@@ -287,7 +298,7 @@ class PixelTransformer(nn.Module):
 # ---------------------------------------------------------------- train
 # This section is the same text in all ten scripts, except for these constants and, in gan.py,
 # make_optimizers and train_step. Start reading at train_step.
-NAME = "transformer"  # of this script, its folder in out/, and the origin of its checkpoints
+NAME = "transformer"  # of the folder in out/; saved in checkpoints, so that others are refused
 Model = PixelTransformer
 EPOCHS = 4
 BATCH_SIZE = 64
@@ -388,7 +399,8 @@ def train_step(model, optimizers, autocast, x, y):
         loss, _ = model.loss(x, y)
     loss.backward()
     # If the norm of the gradient is above 1, scale it down to 1. In the scripts whose loss is a sum
-    # over pixels, it is always far above, so no single step dominates the optimizers' averages.
+    # over pixels, it is always far above. So all steps get the norm 1, and none dominates the
+    # optimizers' averages.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -490,7 +502,7 @@ def draw_samples(model, n, args, chunk=500):
 
 def set_seed(seed, epoch=0):
     """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # every seed has 1,000,003 numbers of its own for its epochs; % keeps to torch's range
+    # seeds do not share numbers, up to a million epochs; % keeps to torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 

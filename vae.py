@@ -1,11 +1,13 @@
-"""VAE: compress images into 32 Gaussian numbers, so that random numbers decode to digits, too.
+"""VAE (variational autoencoder): compress images into 32 numbers that are distributed like noise,
+so that noise decodes to digits.
 
     python vae.py
 
-Kingma and Welling 2013, arXiv:1312.6114; the tighter bound: Burda et al. 2015, arXiv:1509.00519.
-Differences from the paper: convolutions before the encoder's hidden layer and after the decoder's;
-labels; images binarised anew in each epoch (see Shapes); inner matrices trained by Muon (see the
-train section); evaluation with a running average of the weights (EMA).
+Kingma and Welling 2013, arXiv:1312.6114; the tighter bound, IWAE: Burda et al. 2015,
+arXiv:1509.00519. Differences from the paper: convolutions before the encoder's hidden layer and
+after the decoder's; optional labels; images binarised anew each time they are used (see Shapes);
+the matrices of the residual blocks trained by Muon, an optimizer explained in the train section;
+evaluation with an exponential moving average of the weights (EMA).
 
 Idea
   Think of an image as made in two steps. First a code z, 32 random numbers, decides what to draw:
@@ -16,34 +18,38 @@ Idea
   Training should make real images probable. p(x) is the average of p(x | z) over z drawn from the
   prior. But for a given x almost every random z draws something quite different, so it would be
   hopeless to estimate this average from random z. So a second network, the encoder, says for each x
-  which z are likely to have made it: a Gaussian q(z | x), far narrower than the prior, at least in
-  those of the 32 numbers that the decoder uses. The decoder is then trained on z that could have
-  made x.
-  Encode, then rebuild: that is an autoencoder, with noise on the code and with a price. The encoder
-  pays for every bit by which q(z | x) is more precise than p(z). So it spends bits only where each
-  improves the rebuilt image by more than it costs. The price also keeps the distribution of all
-  images' codes close to the prior, so that a z drawn from the prior decodes to a digit. Sampling
-  takes one pass, and similar z give similar images.
-  What we pay for that: we only get a bound on p(x), and whatever z leaves open comes out as a blur,
-  because pixels do not know of each other.
+  which z are likely to have made it: a Gaussian q(z | x) with a mean mu and a standard deviation
+  sigma for each of the 32 numbers, which are independent of each other. It is far narrower than the
+  prior, but for numbers that the decoder does not use. The decoder is then trained on z that could
+  have made x.
+  Encode, then rebuild: that is an autoencoder. Here the code is noisy, and it has a price. The
+  encoder pays for every bit by which q(z | x) says more about z than p(z) does. So it spends bits
+  only where each improves the rebuilt image by more than it costs. The price also keeps the
+  distribution of all images' codes close to the prior, so that a z drawn from the prior decodes to
+  a digit. Sampling takes one pass, and similar z decode to similar images.
+  The drawbacks: we only get a bound on p(x), and whatever z leaves open comes out as a blur,
+  because given z each pixel is predicted without knowing the others.
 
 Maths
-  p(x) is the integral of p(x | z) p(z) over z. Multiply and divide the integrand by any q(z | x) >
-  0:
+  p(x) is the integral of p(x | z) p(z) over z. Multiply and divide by any density q(z | x) > 0, and
+  the integral becomes a mean over z drawn from q:
       log p(x) = log E_{z ~ q}[ p(x | z) p(z) / q(z | x) ]
               >= E_{z ~ q}[ log ( p(x | z) p(z) / q(z | x) ) ]          (Jensen's inequality)
-               = E_{z ~ q}[ log p(x | z) ] - KL( q(z | x) || p(z) )  =  ELBO  =  -(recon + kl)
+               = E_{z ~ q}[ log p(x | z) ] - KL( q(z | x) || p(z) )  =  ELBO
   The inequality holds because log is concave: the log of a mean is at least the mean of the logs.
   ELBO is short for evidence lower bound. KL(q || p) = E_q[log q - log p], never negative, says how
   far q is from p, in nats (natural logarithms; a nat is 1.44 bits).
   How large is the gap between the two sides? The posterior p(z | x) says how probable each z is
-  once x is known. As p(x | z) p(z) = p(z | x) p(x), the gap is KL( q(z | x) || p(z | x) ), which is
-  0 if q is the posterior.
-  What is minimised is neg_elbo = recon + kl:
+  once x is known. As p(x | z) p(z) = p(z | x) p(x),
+      ELBO = E_{z ~ q}[ log ( p(z | x) p(x) / q(z | x) ) ] = log p(x) - KL( q(z | x) || p(z | x) ).
+  So the gap is 0 if q is the posterior. A Gaussian can only come near to it.
+  What is minimised is neg_elbo = -ELBO = recon + kl:
       recon = -E_q[ sum_i log p(x_i | z) ]   with p(x_i = 1 | z) = sigmoid(logits_i),
               estimated from one draw of z for each image
       kl    = sum over the numbers in z of (mu^2 + sigma^2 - 1 - log sigma^2) / 2,
-              because for each of them q(z | x) = N(mu, sigma^2) and p(z) = N(0, 1)
+              because for each of them q(z | x) = N(mu, sigma^2) and p(z) = N(0, 1), so that
+              E_q[log q] = -(1 + log(2 pi sigma^2)) / 2
+              E_q[log p] = -(mu^2 + sigma^2 + log(2 pi)) / 2
   kl is the cost of the code: about 27 nats (39 bits) after training.
   Gradients. A random draw cannot be differentiated with respect to the mu and sigma of its
   distribution. So draw noise that does not depend on them, and compute z from it (the
@@ -51,22 +57,23 @@ Maths
       z = mu + sigma * eps,   eps ~ N(0, 1):   dz/dmu = 1,  dz/dsigma = eps
   The encoder outputs logvar = log sigma^2, which may be any number; sigma = exp(logvar / 2) is
   positive.
-  A tighter bound, importance-weighted (the method `bound`; bench/compare.py reports it), averages k
-  draws inside the log:
+  A tighter bound, importance-weighted (the method `bound`; bench/compare.py reports it), averages
+  over k independent draws inside the log:
       log p(x) >= E[ log( 1/k sum_j p(x | z_j) p(z_j) / q(z_j | x) ) ]  =  -iwae
-  The mean of k such ratios varies less than a single one, so Jensen's inequality loses less. With k
-  = 1 it is the ELBO; as k grows it tends to log p(x).
+  Each ratio has the mean p(x), and so has the mean of k of them, but that varies less, so Jensen's
+  inequality loses less. With k = 1 it is the ELBO; as k grows it tends to log p(x).
   Sampling. z ~ N(0, 1), decoded to the probabilities of the pixels. These are shown as grey levels:
   flipping a coin for each pixel would only add speckles.
   Labels. With --class-cond, the label's vector sets a scale and a shift for the features in encoder
-  and decoder. One training image in ten gets the vector of "no label" instead, so that one model
-  works with labels and without.
+  and decoder. In training, a label is replaced with probability 1/10 by "no label", which has a
+  vector of its own, so that one model works with labels and without. q and p(x | z) then depend on
+  the label, p(z) does not.
 
 Shapes
-  x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels in [0, 1], but
-  the networks see binary pixels. A grey level of 0.7 becomes 1 with probability 0.7, drawn anew
-  each time an image is used (dynamic binarisation). mu, logvar, z (B, z_dim); logits like x. size:
-  a multiple of 4, as the image is halved twice.
+  x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels, from 0 (black)
+  to 1 (white), but the networks see binary pixels. A grey level of 0.7 becomes 1 with probability
+  0.7, drawn anew each time an image is used (dynamic binarisation). mu, logvar, z (B, z_dim);
+  logits like x. size: a multiple of 4, as the image is halved twice.
 
 What to expect
   All figures are in nats per image: summed over the pixels and over z, then averaged over images.
@@ -193,6 +200,7 @@ class VAE(nn.Module):
     def bound(self, x, y=None, k=64):
         """Returns iwae, the negative of the importance-weighted bound on log p(x) from k draws, in
         nats/image, and the metrics of loss together with iwae."""
+        self.check(x, y)
         x = torch.bernoulli(x)
         _, metrics = self.loss(x, y)  # binarises x again, which changes nothing
         mu, logvar = self.encode(x, y)
@@ -219,7 +227,7 @@ class VAE(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images -> {name: pictures}:
 
-        reconstruction  (2 N, 1, H, W): rows of ten images, their reconstructions below each
+        reconstruction  (2 N, 1, H, W): rows of ten images, below each their reconstructions
         interpolation   (10 N, 1, H, W): a row from the z of each image to that of the next
         """
         x = torch.bernoulli(x)
@@ -261,7 +269,7 @@ class VAE(nn.Module):
 # ---------------------------------------------------------------- train
 # This section is the same text in all ten scripts, except for these constants and, in gan.py,
 # make_optimizers and train_step. Start reading at train_step.
-NAME = "vae"  # of this script, its folder in out/, and the origin of its checkpoints
+NAME = "vae"  # of the folder in out/; saved in checkpoints, so that others are refused
 Model = VAE
 EPOCHS = 30
 BATCH_SIZE = 64
@@ -362,7 +370,8 @@ def train_step(model, optimizers, autocast, x, y):
         loss, _ = model.loss(x, y)
     loss.backward()
     # If the norm of the gradient is above 1, scale it down to 1. In the scripts whose loss is a sum
-    # over pixels, it is always far above, so no single step dominates the optimizers' averages.
+    # over pixels, it is always far above. So all steps get the norm 1, and none dominates the
+    # optimizers' averages.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -464,7 +473,7 @@ def draw_samples(model, n, args, chunk=500):
 
 def set_seed(seed, epoch=0):
     """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # every seed has 1,000,003 numbers of its own for its epochs; % keeps to torch's range
+    # seeds do not share numbers, up to a million epochs; % keeps to torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 

@@ -1,14 +1,17 @@
-"""VQ-VAE: write an image as 7 x 7 symbols from an alphabet of 64, and learn which go together.
+"""VQ-VAE: write an image as 7 x 7 symbols from an alphabet of 64, and learn which symbols go
+together.
 
     python vqvae.py
 
 Van den Oord et al. 2017, arXiv:1711.00937; restarts of unused vectors: Dhariwal et al. 2020,
-arXiv:2005.00341; a penalty for unlikely codes: Chou et al. 1989 (entropy-constrained vector
-quantisation). Differences from the paper: a transformer as the prior, not a PixelCNN, and trained
-in the same run; a penalty for codes that the prior finds unlikely (rate, below); a learned offset
-for each position is added to the encoder's output, and the sum is normalised; labels; images
-binarised anew in each epoch (see Shapes); inner matrices trained by Muon (see the train section);
-evaluation with a running average of the weights (EMA).
+arXiv:2005.00341; a price for unlikely codes: Chou et al. 1989 (entropy-constrained vector
+quantisation, where the price already counts when the vector is chosen; here only the encoder learns
+from it). Differences from the paper: a transformer as the prior, not a PixelCNN, and trained in the
+same run; a penalty for codes that the prior finds unlikely (rate, below); a learned offset for each
+position is added to the encoder's output, and the sum is normalised; optional labels; images
+binarised anew each time they are used (see Shapes); matrices of the layers trained by Muon, an
+optimizer explained in the train section; evaluation with an exponential moving average of the
+weights (EMA).
 
 Idea
   A VAE (see vae.py) describes an image by 32 real numbers, and fixes in advance how such numbers
@@ -21,11 +24,11 @@ Idea
   z_q alone, so the codes have to keep what matters. The prior is a transformer (the block of
   transformer.py) that learns to predict each code from those before it, row by row.
   To sample, draw 49 codes from the prior, one by one, then decode all of them in one pass. So only
-  49 values are drawn in sequence, not 784 as in a model that draws pixel by pixel. Without the
-  prior, from codes drawn uniformly, the decoder would draw scribbles.
-  The price: the codes that rebuild an image best are not the easiest to predict, so the two models
-  have to be balanced; the choice of the nearest vector has no gradient; and vectors may fall out of
-  use.
+  49 values are drawn in sequence, not 784 as in a model that draws pixel by pixel. Codes drawn
+  uniformly, without the prior, decode to scribbles.
+  The price: the codes that rebuild an image best are not the easiest to predict, so autoencoder and
+  prior have to be balanced; the gradient of the choice of the nearest vector is zero almost
+  everywhere; and vectors may fall out of use.
 
 Maths
   The decoder defines p(x | codes), the prior p(codes). Any of the 64^49 grids of codes could have
@@ -38,44 +41,49 @@ Maths
   What is minimised has three more terms, which are not part of the bound. (sg, stop gradient,
   treats its argument as a constant; |.|^2 sums over all positions.)
       loss = recon + |sg(z_e) - z_q|^2 + beta |z_e - sg(z_q)|^2 + prior + rate_weight * rate
-  recon trains the decoder and the encoder. The choice of the nearest vector has no useful gradient,
-  so the gradient of recon with respect to z_q is handed to z_e unchanged (straight-through). That
-  is a good approximation as long as z_e and z_q are close, which the commitment term, below, sees
-  to.
+  recon trains the decoder and the encoder. As the choice of the nearest vector has no useful
+  gradient, the gradient of recon with respect to z_q is handed to z_e unchanged (straight-through):
+  the encoder is trained as if the decoder had seen z_e itself. That is reasonable while z_e and z_q
+  are close; the commitment term, below, keeps them close.
   |sg(z_e) - z_q|^2 trains the codebook: each vector moves towards the mean of the z_e that chose
   it.
   |z_e - sg(z_q)|^2, the commitment, trains the encoder to stay near the vectors that it chooses.
   prior trains the transformer alone, as no gradient leads from the codes to the encoder.
   rate supplies what is missing: a gradient that tells the encoder which codes are predictable.
   Without it, the encoder would use whatever codes rebuild the image best, however hard they are to
-  predict: up to 49 log 64 = 204 nats. Imagine that code k, with vector e_k, were chosen at random,
-  with a probability that falls with the distance from z_e_i to e_k. The expected cost of position i
-  would be
-      rate_i = -sum_k softmax_k(-|z_e_i - sg(e_k)|^2) sg(log p(k | codes_<i)),  rate = sum_i rate_i.
-  Its gradient moves z_e towards codes that the prior expects, wherever two vectors are about
-  equally near. (It ignores how a code affects the prediction of the codes after it.)
+  predict: up to 49 log 64 = 204 nats. Code k at position i costs -log p(k | codes_<i) nats. The
+  choice of the nearest vector cannot be differentiated, so for this term alone we imagine a soft
+  one: vector e_k is chosen with a probability that falls with its distance from z_e at position i.
+  The expected cost of that,
+      rate_i = -sum_k softmax_k(-|z_e_i - sg(e_k)|^2) sg(log p(k | codes_<i)),  rate = sum_i rate_i,
+  has a gradient with respect to z_e. It moves z_e towards vectors whose codes the prior expects,
+  wherever two vectors are about equally near. (It ignores how a code affects the prediction of the
+  codes after it. With rate_weight = 1 it would be a soft copy of prior; less leaves recon more
+  say.)
   Restarts. A vector that is never the nearest gets no gradient and stays useless. So a vector that
-  is hardly ever used is moved onto one of the z_e of the batch. At the start, all vectors are
-  placed in this way.
+  is used less than 0.02 times as often as the average is moved onto one of the z_e of the batch. At
+  the start, all vectors are placed in this way.
   Sampling. 49 steps of the transformer, with a cache of keys and values, then one pass of the
   decoder. The images shown are the probabilities of the pixels.
   Labels. With --class-cond, an embedding of the label is added to every token of the transformer.
-  One training image in ten gets the embedding of "no label" instead. With guidance > 1, sample()
-  exaggerates what the label adds:
+  In training, a label is replaced with probability 1/10 by "no label", which has an embedding of
+  its own. Above 1, the argument guidance of sample() exaggerates what the label adds
+  (classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598):
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
-  x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels in [0, 1], but
-  the networks see binary pixels. A grey level of 0.7 becomes 1 with probability 0.7, drawn anew
-  each time an image is used (dynamic binarisation). z_e, z_q (B, 49, code_dim); codes (B, 49),
-  integers. size: a multiple of 4, as the grid of codes has size / 4 positions per side.
+  x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels, from 0 (black)
+  to 1 (white), but the networks see binary pixels. A grey level of 0.7 becomes 1 with probability
+  0.7, drawn anew each time an image is used (dynamic binarisation). z_e, z_q (B, 49, code_dim);
+  codes (B, 49), integers. size: a multiple of 4, as the grid of codes has size / 4 positions per
+  side.
 
 What to expect
   recon, prior and neg_elbo are in nats per image: summed over pixels or codes, averaged over
-  images. commit is the squared distance |z_e - z_q|^2 of an image; slow growth is normal.
-  perplexity is the effective number of codes in use, exp of the entropy of their shares in a batch:
-  64 if all are used equally often, 1 if only one is. Below about 10, most of the codebook is hardly
-  used.
+  images. commit is the squared distance |z_e - z_q|^2 of an image, summed over positions; it may
+  grow slowly. perplexity is the effective number of codes in use, exp of the entropy of their
+  shares in a batch: 64 if all are used equally often, 1 if only one is. Below about 10, most of the
+  codebook is hardly used.
 """
 
 import argparse
@@ -138,8 +146,8 @@ def conv3x3(n_in, n_out):
 class VQVAE(nn.Module):
     """An autoencoder with a codebook in its middle, and a transformer over the codes.
 
-    channels: at 14 x 14, twice as many at 7 x 7; code_dim: numbers in a code's vector; n_codes:
-    codes in the codebook; n_embd, n_head, n_layer: of the transformer (numbers in a token, heads,
+    channels: at 14 x 14, twice as many at 7 x 7; code_dim: length of a vector of the codebook;
+    n_codes: number of these; n_embd, n_head, n_layer: of the transformer (length of a token, heads,
     blocks); beta: weight of commit; rate_weight: weight of rate; size: pixels per side; n_classes:
     number of labels, or 0
     """
@@ -159,14 +167,16 @@ class VQVAE(nn.Module):
         n_classes=10,
     ):
         super().__init__()
-        if min(channels, code_dim, n_embd, n_head) < 1 or n_codes < 2:
-            raise ValueError("channels, code_dim, n_embd, n_head must be >= 1, n_codes >= 2")
+        if min(channels, n_embd, n_head) < 1 or n_codes < 2:
+            raise ValueError("channels, n_embd, n_head must be >= 1, n_codes >= 2")
+        if code_dim < 3:
+            raise ValueError("code_dim must be >= 3: of 2 numbers, normalised, only a sign is left")
         if min(n_layer, n_classes) < 0 or not (
             0 <= beta < math.inf and 0 <= rate_weight < math.inf
         ):
             raise ValueError("n_layer, n_classes, beta and rate_weight must be finite and >= 0")
-        if n_embd % n_head != 0:
-            raise ValueError("n_embd must be a multiple of n_head")
+        if n_embd % n_head != 0 or n_embd == n_head:
+            raise ValueError("n_embd must be a multiple of n_head, and larger")
         if size < 4 or size % 4 != 0:
             raise ValueError(f"size must be a multiple of 4, not {size}")
         self.size = size
@@ -203,7 +213,7 @@ class VQVAE(nn.Module):
         )
         # Added to the encoder's output, and at first much larger than that. So z_e differs from
         # position to position, and many codes are in use from the start. As the encoder's output
-        # grows, the image decides.
+        # grows in training, the image decides more and more.
         self.offset = nn.Parameter(10 * torch.randn(self.side**2, code_dim))
         self.codebook = nn.Parameter(torch.zeros(n_codes, code_dim))  # the first batch will fill it
         # How often each vector is used, where 1 is the average. It starts so low that the first
@@ -223,7 +233,7 @@ class VQVAE(nn.Module):
         return self.label(y)
 
     def encode(self, x):
-        """x (B, 1, H, W) in {0, 1} -> z_e (B, 49, code_dim), each of mean 0 and variance 1."""
+        """x (B, 1, H, W) in {0, 1} -> z_e (B, 49, code_dim), vectors of mean 0 and variance 1."""
         z_e = self.encoder(2 * x - 1).flatten(2).transpose(1, 2) + self.offset
         return F.layer_norm(z_e, z_e.shape[-1:])
 
@@ -247,7 +257,8 @@ class VQVAE(nn.Module):
         self.usage.lerp_(self.usage_of(codes) * self.n_codes, 0.01)
         dead = self.usage < 0.02  # (n_codes,)
         z_e = z_e.flatten(0, 1)  # (49 B, code_dim)
-        # one for every vector, even if not dead: to count the dead, the CPU would wait for the GPU
+        # A candidate for every vector, though only the dead take theirs: to draw as many as are
+        # dead, the CPU would have to wait for the GPU to count them.
         candidates = z_e[torch.randint(len(z_e), dead.shape, device=dead.device)]
         self.codebook.copy_(torch.where(dead[:, None], candidates, self.codebook))
         self.usage.masked_fill_(dead, 1)
@@ -283,7 +294,7 @@ class VQVAE(nn.Module):
 
     def forward(self, x, y=None):
         """x in {0, 1} -> z_e (B, 49, code_dim), codes (B, 49), squared distances of each z_e to all
-        codes (B, 49, n_codes), logits of x, logits of the codes by the prior.
+        vectors (B, 49, n_codes), logits of x, logits of the codes by the prior.
 
         In training it first restarts vectors that are hardly used, which changes the codebook.
         """
@@ -315,17 +326,17 @@ class VQVAE(nn.Module):
         recon = F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
         # like codebook[codes], but on a CPU its gradient is summed in the same order each time
         z_q = F.embedding(codes, self.codebook)  # (B, 49, code_dim)
-        # codebook = |sg(z_e) - z_q|^2, commit = |z_e - sg(z_q)|^2, where sg stops the gradient:
-        # equal in value, but one moves the vectors, the other moves the encoder
-        codebook = (z_e.detach() - z_q).square().sum() / len(x)
+        # codebook_loss = |sg(z_e) - z_q|^2, commit = |z_e - sg(z_q)|^2, where sg stops the
+        # gradient: equal in value, but one moves the vectors, the other moves the encoder
+        codebook_loss = (z_e.detach() - z_q).square().sum() / len(x)
         commit = (z_e - z_q.detach()).square().sum() / len(x)
         # prior = -sum_i log p(codes_i | codes_<i)
         prior = F.cross_entropy(code_logits.transpose(1, 2), codes, reduction="sum") / len(x)
-        # what the codes near z_e cost under the prior, which the encoder is to take into account:
-        # rate = -sum_i sum_k softmax_k(-|z_e_i - e_k|^2) sg(log p(k | codes_<i))
+        # what codes whose vectors are near z_e cost under the prior, for the encoder to learn:
+        # rate = -sum_i sum_k softmax_k(-|z_e_i - sg(e_k)|^2) sg(log p(k | codes_<i))
         choice = (-distance).softmax(2)
         rate = -(choice * code_logits.detach().log_softmax(2)).sum() / len(x)
-        loss = recon + codebook + self.beta * commit + prior + self.rate_weight * rate
+        loss = recon + codebook_loss + self.beta * commit + prior + self.rate_weight * rate
         perplexity = torch.special.entr(self.usage_of(codes)).sum().exp()
         metrics = {"neg_elbo": recon + prior, "recon": recon, "prior": prior}
         return loss, {**metrics, "commit": commit, "perplexity": perplexity}
@@ -348,7 +359,7 @@ class VQVAE(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.side**2):
-            # for given codes, too: later ones need what this call puts into the cache
+            # also for given codes: it fills the cache, which later codes read
             logits = self.logits_at(codes, y, i, cache)  # (n, n_codes)
             if guided:
                 uncond = self.logits_at(codes, None, i, uncond_cache)
@@ -420,7 +431,7 @@ class VQVAE(nn.Module):
 # ---------------------------------------------------------------- train
 # This section is the same text in all ten scripts, except for these constants and, in gan.py,
 # make_optimizers and train_step. Start reading at train_step.
-NAME = "vqvae"  # of this script, its folder in out/, and the origin of its checkpoints
+NAME = "vqvae"  # of the folder in out/; saved in checkpoints, so that others are refused
 Model = VQVAE
 EPOCHS = 20
 BATCH_SIZE = 64
@@ -521,7 +532,8 @@ def train_step(model, optimizers, autocast, x, y):
         loss, _ = model.loss(x, y)
     loss.backward()
     # If the norm of the gradient is above 1, scale it down to 1. In the scripts whose loss is a sum
-    # over pixels, it is always far above, so no single step dominates the optimizers' averages.
+    # over pixels, it is always far above. So all steps get the norm 1, and none dominates the
+    # optimizers' averages.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -623,7 +635,7 @@ def draw_samples(model, n, args, chunk=500):
 
 def set_seed(seed, epoch=0):
     """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # every seed has 1,000,003 numbers of its own for its epochs; % keeps to torch's range
+    # seeds do not share numbers, up to a million epochs; % keeps to torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 

@@ -3,17 +3,19 @@
     python wavenet.py
 
 Van den Oord et al. 2016, arXiv:1609.03499; fast sampling by queues: Paine et al. 2016,
-arXiv:1611.09482. Differences from the paper: pixels instead of audio samples; dilations that fit
-the image; the output reads the last layer as well as the skips; labels at the input only; row and
-column embeddings; images binarised anew in each epoch (see Shapes); inner matrices trained by Muon
-(see the train section); evaluation with a running average of the weights (EMA).
+arXiv:1611.09482. Differences from the paper: binary pixels instead of audio samples of 256 levels;
+dilations (defined below) that fit the image; the output reads the last layer as well as the skips;
+labels at the input only; row and column embeddings; images binarised anew each time they are used
+(see Shapes); the matrices of the layers trained by Muon, an optimizer explained in the train
+section; evaluation with an exponential moving average of the weights (EMA).
 
 Idea
   Treat an image as a sequence of pixels, row by row, and predict each pixel from those before it
-  (made.py explains why that makes a generative model). Pixel i gets token i, a vector that at first
-  knows only pixel i - 1. A layer of dilation d mixes token i with token i - d. After layers of
-  dilation 1, 2 and 4, a token knows the 8 most recent pixels. The reach doubles with each of these
-  layers; with dilation 1 alone it would take 7 layers to get as far.
+  (made.py explains why that makes a generative model). Each image has 28 x 28 = 784 pixels. Pixel i
+  gets token i, a vector that at first knows only pixel i - 1, and row and column of pixel i. A
+  layer of dilation d mixes token i with token i - d. After layers of dilation 1, 2 and 4, a token
+  knows the 8 most recent pixels. The reach doubles with each of these layers; with dilation 1 alone
+  it would take 7 layers to get as far.
   An image has two directions, and the pixel above, 28 steps back, matters as much as the one on the
   left. So here five layers go back by 1, 2, 4, 8 and 16 pixels, and then five go back by 1, 2, 4, 8
   and 16 rows.
@@ -27,50 +29,59 @@ Maths
       p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i))
   x_<i stands for pixels 0 to i - 1. The loss is the negative log-likelihood,
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
-  which is computed exactly. (Not every model can do that: vae.py only has a bound.) Each term is
-  the binary cross-entropy of one pixel. Averaged over the data, nll is the entropy of the data,
-  which no model can change, plus KL(data || model), which measures how far the model is from the
-  data: 0 if the two distributions are equal, positive otherwise.
-  In a layer of dilation d, mix and out are linear maps, each with an output of two vectors, and h_i
-  is token i:
+  which is computed exactly. (Not every model can do that: vae.py only has a bound.) With q =
+  sigmoid(logits_i), a term is -log q if x_i = 1 and -log(1 - q) if x_i = 0: the binary
+  cross-entropy of one pixel. Averaged over images x from the distribution of the data, p_data, it
+  is
+      E[-log p(x)] = E[-log p_data(x)] + E[log(p_data(x) / p(x))] = entropy + KL(p_data || p).
+  No model can change the entropy of the data. The second term, the Kullback-Leibler divergence,
+  says how far the model is from the data: it is 0 if the two distributions are equal, and positive
+  otherwise.
+  h_i is token i. It starts as a linear function of pixel i - 1 plus embeddings of the row and the
+  column of pixel i. In a layer of dilation d, mix and out are linear layers, each with an output of
+  two vectors:
       value_i, gate_i = mix(h_{i-d}, h_i)
       change_i, skip_i = out(tanh(value_i) * sigmoid(gate_i))
       h_i <- h_i + change_i
-  * multiplies number by number: sigmoid(gate), in (0, 1), passes, weakens or blocks tanh(value), in
-  (-1, 1). As mix is the same for every i, this is a convolution of kernel size 2, and a causal one:
-  it never looks ahead. A small network, `head`, computes the logits from the last h plus the sum of
-  the skips. So what a layer tells the output can differ from what it tells the layers after it.
+  * multiplies elementwise: sigmoid(gate), in (0, 1), passes, weakens or blocks tanh(value), in (-1,
+  1). Before the first pixel, where i - d < 0, there are zeros. As mix is the same for every i, this
+  is a convolution of kernel size 2, and a causal one: it never looks ahead. A small network,
+  `head`, computes the logits from the last h plus the sum of the skips. The layers that follow see
+  the changes only. So a layer can tell the output something that it does not tell them.
   Reach. Token i starts from pixel i - 1. To bring in pixel j, a path has to go back n = i - 1 - j
-  steps. Write n = 28 r + c with c < 28 and r < 28. In binary, c is a sum of some of 1, 2, 4, 8, 16,
-  and 28 r is a sum of some of 28, 56, 112, 224, 448. These are the ten dilations. In each layer, a
-  path either goes back by the dilation or stays where it is, so some path goes back by exactly n:
-  every earlier pixel is reached. Ten layers of dilation 1, 2, 4, ..., 512 would reach them all,
-  too. But 32 back is one row up and four columns to the left, and 64 back two rows up and eight to
-  the left, while 28 and 56 back are straight up.
+  steps. Write n = 28 r + c with c < 28 and r < 28. Both have five binary digits, so c is a sum of
+  some of 1, 2, 4, 8, 16, and 28 r is a sum of some of 28, 56, 112, 224, 448. These are the ten
+  dilations. In each layer, a path either goes back by the dilation or stays where it is, so some
+  path goes back by exactly n: every earlier pixel is reached. Ten layers of dilation 1, 2, 4, ...,
+  512 would reach them all as well, but not straight up: 32 back is one row up and four columns to
+  the left, and 64 back two rows up and eight to the left, while 28 and 56 back are straight up.
   Sampling. In step i, a layer of dilation d needs its input from step i - d. It keeps its last d
   inputs in a queue, so nothing is computed twice: all 784 steps together take about as much
   arithmetic as one pass. Sampling is still slow, because the steps run one after the other.
   Each pixel is drawn at random with its predicted probability. Always taking the likelier value
   would draw the same image every time, a blank one: after black pixels, black is likelier.
-  Labels. With --class-cond, an embedding of the label is added to every token. One training image
-  in ten gets that of "no label" instead, so that one model learns both p(x | y), where y is the
-  label, and p(x). (Without --class-cond, all images do.) With guidance > 1, sample() exaggerates
-  what the label adds:
+  Labels. With --class-cond, an embedding of the label is added to every token. In training, a label
+  is replaced with probability 1/10 by "no label", which has an embedding of its own. So one model
+  learns both p(x | y), where y is the label, and p(x). (Without --class-cond, every image has "no
+  label".) Above 1, the argument guidance of sample() exaggerates what the label adds
+  (classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598):
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
-  x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels in [0, 1], but
-  the network sees binary pixels. A grey level of 0.7 becomes 1 with probability 0.7, drawn anew
-  each time an image is used (dynamic binarisation). tokens h (B, 784, channels); the queue of a
-  layer (dilation, B, channels).
+  x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels, from 0 (black)
+  to 1 (white), but the network sees binary pixels. A grey level of 0.7 becomes 1 with probability
+  0.7, drawn anew each time an image is used (dynamic binarisation). The tokens h are (B, 784,
+  channels), the queue of a layer is (dilation, B, channels).
 
 What to expect
   nll is in nats (natural logarithms) per image: summed over pixels, averaged over images. bpd (bits
-  per dimension) = nll / (784 log 2) is the same per pixel and in bits. A model that gives every
-  pixel probability 1/2 has an nll of 784 log 2 = 543; one that gives each pixel the frequency with
-  which it is white in the training images has 206. No honest model can get below 45, the entropy of
-  the coin flips that make a test image binary. If your nll falls below that, there is a leak:
-  predictions see their own pixels (check the shifts).
+  per dimension) = nll / (784 log 2) is the same quantity per pixel, in bits. A model that gives
+  every pixel probability 1/2 has an nll of 784 log 2 = 543; one that always predicts, for each
+  pixel, the share of training images in which it is white has 206. The best figure in
+  bench/README.md, of a larger model trained for 457 epochs, is 78.6. If your nll falls far below
+  that, there is a leak: predictions see their own pixels; check how forward moves the pixels. (No
+  model without a leak gets below 45, on average: even one that knew the grey levels would have to
+  predict the coin flips that make an image binary, and 45 is their entropy.)
 """
 
 import argparse
@@ -175,7 +186,7 @@ class WaveNet(nn.Module):
         return [weight for weight in self.layers.parameters() if weight.ndim > 1]
 
     def loss(self, x, y=None):
-        """x (B, 1, H, W) in [0, 1], y (B,) or None -> mean of -log p(x | y) in nats/image, metrics.
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> mean of -log p(x | y) in nats/image; metrics.
 
         In training, one label in ten is replaced by "no label".
         """
@@ -208,7 +219,7 @@ class WaveNet(nn.Module):
         if guided:
             uncond_cache = self.new_cache(n)
         for i in range(self.size**2):
-            # for given pixels, too: later ones need what this call puts into the cache
+            # also for given pixels: it fills the cache, which later pixels read
             logits = self.logits_at(x, y, i, cache)  # (n,)
             if guided:
                 uncond = self.logits_at(x, None, i, uncond_cache)
@@ -219,7 +230,7 @@ class WaveNet(nn.Module):
 
     @torch.no_grad()
     def pictures(self, x):
-        """x (N, 1, H, W) images, of which ten are used -> {name: pictures}:
+        """x (N, 1, H, W) images, of which the first ten are used -> {name: pictures}:
 
         sampling    (frames, 20, 1, H, W): 20 images as they are drawn, half a row per frame
         completion  (60, 1, H, W): ten images, their upper halves, four completions of each
@@ -262,7 +273,7 @@ class WaveNet(nn.Module):
 # ---------------------------------------------------------------- train
 # This section is the same text in all ten scripts, except for these constants and, in gan.py,
 # make_optimizers and train_step. Start reading at train_step.
-NAME = "wavenet"  # of this script, its folder in out/, and the origin of its checkpoints
+NAME = "wavenet"  # of the folder in out/; saved in checkpoints, so that others are refused
 Model = WaveNet
 EPOCHS = 5
 BATCH_SIZE = 64
@@ -363,7 +374,8 @@ def train_step(model, optimizers, autocast, x, y):
         loss, _ = model.loss(x, y)
     loss.backward()
     # If the norm of the gradient is above 1, scale it down to 1. In the scripts whose loss is a sum
-    # over pixels, it is always far above, so no single step dominates the optimizers' averages.
+    # over pixels, it is always far above. So all steps get the norm 1, and none dominates the
+    # optimizers' averages.
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -465,7 +477,7 @@ def draw_samples(model, n, args, chunk=500):
 
 def set_seed(seed, epoch=0):
     """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # every seed has 1,000,003 numbers of its own for its epochs; % keeps to torch's range
+    # seeds do not share numbers, up to a million epochs; % keeps to torch's range
     torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
 
 
