@@ -1,7 +1,7 @@
 """Diffusion: learn to separate images from noise, then turn pure noise into a digit, step by step.
 
     python diffusion.py --epochs 10
-    # with seed 0: Frechet ratio 30 (see README.md), in 60 minutes on one CPU core (float32)
+    # with seed 0: Frechet ratio 29 (real digits: 1; see README.md), in 10 minutes on two CPU cores
 
 Ho, Jain and Abbeel 2020 (DDPM), arXiv:2006.11239. Differences from it: time is continuous, where
 DDPM has 1000 steps, each with its own noise level; noise is added along an arc (a cosine, as in
@@ -34,19 +34,21 @@ Maths
   near 1. (DDPM and most tutorials write alpha_bar for cos(a)^2.) As the angle a rises, x_t moves on
   an arc from x0 to eps, with the velocity
       v = dx_t/da = cos(a) eps - sin(a) x0.
-  x_t and v together determine both parts (they are x0 and eps, rotated by a):
+  (x_t, v) is (x0, eps), rotated by a. So rotate back:
       x0 = cos(a) x_t - sin(a) v,   eps = sin(a) x_t + cos(a) v.
   Learning.
       loss = E || v_net(x_t, t) - v ||^2 / 784,   the mean over the pixels, over x0, eps and t
   Many pairs of x0 and eps give the same x_t, each with a v of its own. The squared error is
-  smallest if the network predicts the mean of these. So it learns E[v | x_t], their mean weighted
-  by how probable each pair is, at time t and, by the two equations above, E[x0 | x_t] and E[eps |
-  x_t]. (A network that predicts eps, like DDPM's, learns the same, except at t = 1, where eps is
-  just x_t and says nothing of x0.) t = sqrt(u) with u uniform in [0, 1], so training favours large
-  t, where the content of the image is decided.
+  smallest if the network predicts the mean of these. So, at each t, it learns E[v | x_t]: the mean
+  of these v, each weighted by the probability of its pair given x_t. By the two equations above,
+  that also gives E[x0 | x_t] and E[eps | x_t]. (A network that predicts eps, like DDPM's, learns
+  the same, except at t = 1, where eps is just x_t and says nothing of x0.) t = sqrt(u) with u
+  uniform in [0, 1], so training favours large t, where the content of the image is decided.
   Self-conditioning. Each step of the sampler predicts x0, and the next step should only have to
   refine it. So the network has a second input, the x0 predicted last, or zeros if there is none. In
-  training, half of the images get the x0 that a first pass, with zeros, predicts from the same x_t.
+  training, half of the images get the x0 that a first pass, with zeros, predicts from the same x_t
+  (in place of the one from a slightly noisier x, which the sampler has; with small steps they are
+  close).
   The score. (Not needed below, but papers speak of it.) Given x0, x_t has the density N(cos(a) x0,
   sin(a)^2), and the gradient of its logarithm is -(x_t - cos(a) x0) / sin(a)^2 = -eps / sin(a).
   p(x_t) is the mean of these densities over x0. Take its gradient, with grad p = p grad log p, and
@@ -64,13 +66,16 @@ Maths
   and out, and the flow is the density times this mean velocity. So if every point moves at that
   mean velocity instead, the flow is the same as that of the arcs, and so is the density at each t:
   noise at t = 1, hence images at t = 0.
-  fresh = 1 is DDPM: if x0 were the true image, the step would draw from the distribution of x at
-  angle b, given x0 and x at angle a. (tan is the ratio of noise to image.) Replacing noise washes
-  out errors of earlier steps, but needs more steps, and makes strokes a little thinner. The
-  default, fresh = 0.25, lies between. (Then the first step, where tan(a) is infinite, replaces all
-  the noise. There is no harm in that, as x holds nothing of the image yet.)
+  fresh = 1 is DDPM. There an image becomes noise by a little new noise at each step, not along one
+  arc. The distribution at each t is the same, but x at angle b is not determined by x0 and x at
+  angle a. If x0 were the true image, the step would draw x at b from its distribution given these
+  two. (tan is the ratio of noise to image.) Replacing noise washes out errors of earlier steps, but
+  needs more steps, and makes strokes a little thinner. The default of sample, fresh = 0.25, lies
+  between. (Then the first step, where tan(a) is infinite, replaces all the noise. There is no harm
+  in that, as x holds nothing of the image yet.)
   To need fewer steps, the code takes x0 as it will be in the middle of the step, extrapolated from
-  the last two predictions, and the eps that fits it (see move). The first step and the last do not.
+  the last two predictions, and the eps that fits it (see move). The first step does not, nor does a
+  step to t = 0, which returns the prediction itself.
   Guidance. With --class-cond, an embedding of the label is added to that of t. In training, a label
   is replaced with probability 1/10 by "no label", which has an embedding of its own. Sampling
   follows v(no label) + guidance * (v(label) - v(no label)): 0 ignores the label, 1 is the model of
@@ -241,7 +246,8 @@ class Diffusion(nn.Module):
         next time. One call of the network per step, two if labels y (B,) are given.
 
         fresh:  how much of eps each step replaces with fresh noise (the exponent of keep). 0: none,
-                so the start determines the end (DDIM); 1: as in DDPM. Above 0 only if end < start
+                so the start determines the end (DDIM); 1: as in DDPM (both but for x0_middle).
+                Above 0 only if end < start
         self_cond: show the network the x0 that it predicted last. Without it, v depends on x, t and
                 y alone, so that with fresh = 0 the steps can nearly be undone
         frames: a list, to which each step appends the new x and the x0 predicted from the old one

@@ -5,9 +5,9 @@
 Goodfellow et al. 2014, arXiv:1406.2661; convolutions: DCGAN, Radford et al. 2015, arXiv:1511.06434;
 the penalty r1: Mescheder et al. 2018, arXiv:1801.04406. Main differences from DCGAN: layer norm in
 the generator and no norm in the discriminator, instead of batch norm; the r1 penalty; in each
-network, a convolution at 7 x 7 that keeps the size; optional labels; AdamW without momentum instead
-of Adam with (see make_optimizers); evaluation with an exponential moving average of the weights
-(EMA) of both networks.
+network, a convolution at 7 x 7 that keeps the size; optional labels; AdamW without momentum (see
+make_optimizers), where DCGAN uses Adam with momentum; evaluation with an exponential moving average
+of the weights (EMA) of both networks.
 
 Idea
   The generator G turns random numbers z into an image, a fake. It never sees a digit. The
@@ -59,11 +59,11 @@ Shapes
   twice.
 
 What to expect
-  The train loss is d_loss (with the penalty) + g_loss. d_real and d_fake are the means of
-  sigmoid(D) over test digits and over fakes. Neither loss keeps falling, because the opponent
-  improves, too: judge by the samples. If D could only guess, d_loss would be 2 log 2 = 1.386 and
-  g_loss log 2 = 0.693, with d_real = d_fake = 0.5. If d_loss nears 0, G has lost; if fakes look
-  alike, G has collapsed.
+  The train loss in the log is the sum d_loss (with the penalty) + g_loss; nothing minimises this
+  sum. d_real and d_fake are the means of sigmoid(D) over test digits and over fakes. Neither loss
+  keeps falling, because the opponent improves, too: judge by the samples. If D could only guess,
+  d_loss would be 2 log 2 = 1.386 and g_loss log 2 = 0.693, with d_real = d_fake = 0.5. If d_loss
+  nears 0, G has lost; if fakes look alike, G has collapsed.
 """
 
 import argparse
@@ -170,7 +170,8 @@ class GAN(nn.Module):
         slope = torch.autograd.grad(real.sum(), x, create_graph=True)[0]
         r1 = slope.square().sum() / len(x)
         # -log sigmoid(a) = softplus(-a) and -log(1 - sigmoid(a)) = softplus(a), where
-        # softplus(a) = log(1 + exp(a)), which, unlike the logarithms, is finite for all a
+        # softplus(a) = log(1 + exp(a)). For large |a|, sigmoid(a) is rounded to 0 or 1, so that the
+        # logarithm would be infinite.
         loss = F.softplus(-real).mean() + F.softplus(fake).mean() + self.gamma / 2 * r1
         d_real = real.detach().sigmoid().mean()
         d_fake = fake.detach().sigmoid().mean()
@@ -181,6 +182,7 @@ class GAN(nn.Module):
         y = self.labels(len(x), y)
         if self.training:  # hide 1 label in 10, to learn to draw without labels, too
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
+        # the gradient goes through the discriminator, whose weights stay as they are
         loss = F.softplus(-self.discriminator(self(y), y)).mean()
         return loss, {"g_loss": loss.detach()}
 
@@ -207,7 +209,7 @@ class GAN(nn.Module):
         a = torch.randn(len(x), 1, self.z_dim, device=x.device)
         b = a.roll(-1, 0)  # the z of the next fake
         w = torch.linspace(0, math.pi / 2, 10, device=x.device)[:, None]  # (10, 1)
-        z = w.cos() * a + w.sin() * b  # (N, 10, z_dim), still ~ N(0, 1), as cos^2 + sin^2 = 1
+        z = w.cos() * a + w.sin() * b  # (N, 10, z_dim), ~ N(0, 1), as cos^2 + sin^2 = 1
         fakes = self.generator(z.flatten(0, 1), self.labels(10 * len(x), None))
         return {"interpolation": (fakes + 1) / 2}
 

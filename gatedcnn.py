@@ -6,19 +6,20 @@ Van den Oord et al. 2016, arXiv:1606.05328; fast sampling: Ramachandran et al. 2
 arXiv:1704.06001. Differences from the paper: binary pixels, where the paper has 256 levels; skips,
 so that each layer also feeds the output directly (as in WaveNet); labels at the input only, not in
 each gate; row and column embeddings; images binarised anew each time they are used (see Shapes);
-the matrices of the layers trained by Muon, an optimizer explained in the train section; evaluation
-with an exponential moving average of the weights (EMA).
+the matrices and kernels of the blocks trained by Muon, an optimizer explained in the train section;
+evaluation with an exponential moving average of the weights (EMA).
 
 Idea
   Like PixelCNN (read pixelcnn.py first), this model predicts each pixel from those before it, row
   by row, with convolutions that must see neither the pixel itself nor any later one. PixelCNN has a
-  blind spot to the upper right, because one masked convolution does two jobs. In the rows above it
-  looks to both sides, but in its own row only to the left. That is needed in the row of the pixel
-  that is predicted, but it holds for every row: nothing there takes in what lies to its right in
-  the same row.
-  Here each job has a stack of layers of its own. The vertical stack v reads the rows above, left
-  and right of the pixel. The horizontal stack h reads the row itself, left of the pixel, and takes
-  in the features of v at each layer. h makes the predictions. Nothing goes from h to v, so v never
+  blind spot to the upper right, because one masked convolution does two jobs. It looks at the rows
+  above, to both sides, and at the row of the pixel, but there only to the left. In the row of the
+  predicted pixel that has to be so. But the same kernel also computes the vectors in the rows
+  above, so these, too, know nothing of what lies to their right in their own row, although it is
+  already known.
+  Here each job has a stack of layers of its own. The vertical stack v reads the rows above the
+  pixel, to both sides. The horizontal stack h reads the row itself, left of the pixel, and takes in
+  the features of v at each layer. h makes the predictions. Nothing goes from h to v, so v never
   learns about the row that is being predicted.
   The second idea is gating. For each channel, a layer computes a value in (-1, 1), by a tanh, and a
   gate in (0, 1), by a sigmoid, and passes on their product. So it can pass, weaken or block each
@@ -39,12 +40,12 @@ Maths
   otherwise.
   In a layer, vertical and horizontal are convolutions; v_to_h and out are linear layers, applied to
   each pixel's vector by itself. The output of each has two halves. For out, these are the change of
-  h and the skip. For the others they are values and gates, which are combined by gated(pair) =
+  h and the skip. For the others they are values and gates, which are combined by activate(pair) =
   tanh(values) * sigmoid(gates):
       pair = vertical(v)
-      mix = gated(horizontal(h) + v_to_h(pair))
+      mix = activate(horizontal(h) + v_to_h(pair))
       change, skip = out(mix)
-      v <- gated(pair),   h <- h + change
+      v <- activate(pair),   h <- h + change
   and finally logits = head(relu(h + sum of the skips of all layers)).
   Shifts instead of masks. v starts from a copy of the image that is moved down by one row: v at X
   starts from the pixel above X. Its kernels are k columns wide, k odd, and k // 2 + 1 rows high:
@@ -56,9 +57,9 @@ Maths
         v v v v v      three places of h end left of X, because h's copy is moved right.
         v v v v v
       h h h X
-  The stem, a first convolution for each stack, reads the copies, 4 x 7 for v and 1 x 3 for h. v
-  gets embeddings of row and column, so that a prediction can depend on where it is, and h gets a
-  linear function of v. The layers follow, four with k = 5 by default.
+  The stem, a first convolution for each stack, reads the copies, with a kernel of 4 x 7 (k = 7) for
+  v and of 1 x 3 (k = 5) for h. v gets embeddings of row and column, so that a prediction can depend
+  on where it is, and h gets a linear function of v. The layers follow, four with k = 5 by default.
   No blind spot. A layer of v reads its own row to both sides, so each layer widens the view even in
   the row just above X. The stem reaches 4 rows up and 3 pixels to either side, and each of the four
   layers 2 more. So X is predicted from 12 rows above, in each of these up to 11 pixels to either
@@ -68,8 +69,8 @@ Maths
       # # # # # X
   Sampling. v is computed once for each row, as soon as the rows above are drawn, and h once for
   each pixel. Caches keep what later steps read, so nothing is computed twice: all 784 steps
-  together take about as much arithmetic as one pass of training, which makes all 784 predictions at
-  once. Sampling is still slow, because the steps run one after the other.
+  together take about as much arithmetic as one forward pass, which in training makes all 784
+  predictions at once. Sampling is still slow, because the steps run one after the other.
   Each pixel is drawn at random with its predicted probability. Always taking the likelier value
   would draw the same image every time, a blank one: after black pixels, black is likelier.
   Labels. With --class-cond, an embedding of the label is added to every vector of v after its first
@@ -89,11 +90,11 @@ What to expect
   nll is in nats (natural logarithms) per image: summed over pixels, averaged over images. bpd (bits
   per dimension) = nll / (784 log 2) is the same quantity per pixel, in bits. A model that gives
   every pixel probability 1/2 has an nll of 784 log 2 = 543; one that always predicts, for each
-  pixel, the share of training images in which it is white has 206. The best figure in
-  bench/README.md, of a larger model trained for 457 epochs, is 78.6. If your nll falls far below
-  that, there is a leak: predictions see their own pixels; check how forward moves the image. (No
-  model without a leak gets below 45, on average: even one that knew the grey levels would have to
-  predict the coin flips that make an image binary, and 45 is their entropy.)
+  pixel, the share of training images in which it is white has 206. The best published figure in
+  bench/README.md, a PixelSNAIL's after 457 epochs, is 78.6. If your test nll falls far below that,
+  there is most likely a leak: predictions see their own pixels; check how forward moves the image.
+  (No model without a leak gets below 45, on average: even one that knew the grey levels would have
+  to predict the coin flips that make an image binary, and 45 is their entropy.)
 """
 
 import argparse
@@ -133,8 +134,8 @@ class GatedBlock(nn.Module):
         return value.contiguous().tanh() * gate.contiguous().sigmoid()
 
     def forward_v(self, padded_v):
-        """padded_v (B, pad + H, pad + W + pad, C) -> the next v (B, H, W, C), and its contribution
-        to h (B, H, W, 2 C)."""
+        """padded_v (B, pad + H, pad + W + pad, C) -> the next v (B, H, W, C), and what the pair,
+        before gating, contributes to h (B, H, W, 2 C)."""
         pair = self.vertical(padded_v.movedim(3, 1)).movedim(1, 3)
         return self.activate(pair), self.v_to_h(pair)
 

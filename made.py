@@ -90,10 +90,10 @@ What to expect
   per dimension) = nll / (784 log 2) is the same quantity per pixel, in bits. A model that gives
   every pixel probability 1/2 has an nll of 784 log 2 = 543; one that always predicts, for each
   pixel, the share of training images in which it is white has 206. A trained model reaches about
-  86. The best figure in bench/README.md, of a larger model trained for 457 epochs, is 78.6. If your
-  nll falls far below that, there is a leak: predictions see their own pixels; check the masks. (No
-  model without a leak gets below 45, on average: even one that knew the grey levels would have to
-  predict the coin flips that make an image binary, and 45 is their entropy.)
+  86. The best published figure in bench/README.md, a PixelSNAIL's after 457 epochs, is 78.6. If
+  your test nll falls far below that, there is most likely a leak: predictions see their own pixels;
+  check the masks. (No model without a leak gets below 45, on average: even one that knew the grey
+  levels would have to predict the coin flips that make an image binary, and 45 is their entropy.)
 """
 
 import argparse

@@ -6,8 +6,9 @@ Van den Oord et al. 2016, arXiv:1601.06759; fast sampling: Ramachandran et al. 2
 arXiv:1704.06001. Differences from the paper: masked 5 x 5 convolutions instead of 3 x 3; the rows
 below the centre, which would be all zeros, are left out of the kernels; a linear head; row and
 column embeddings, so that a prediction can depend on where it is; optional labels; images binarised
-anew each time they are used (see Shapes); the matrices of the layers trained by Muon, an optimizer
-explained in the train section; evaluation with an exponential moving average of the weights (EMA).
+anew each time they are used (see Shapes); the matrices and kernels of the blocks trained by Muon,
+an optimizer explained in the train section; evaluation with an exponential moving average of the
+weights (EMA).
 
 Idea
   Treat an image as a sequence of pixels, row by row, and predict each pixel from those before it
@@ -42,18 +43,20 @@ Maths
       0 0 0     vector at X does not depend on pixel X, because mask A has kept it out.
   Network. The first layer, the stem, has a kernel of 7 x 7. Six residual blocks follow, h + f(h),
   where f is cheap: a linear layer halves the length of each pixel's vector, a masked 5 x 5
-  convolution looks around, and another linear layer restores the length. A last linear layer
-  computes the logit.
-  Receptive field: the pixels that a prediction depends on. The first layer reaches 3 pixels to the
-  left and 3 rows up, each of the six others 2 more. Together they reach 15 pixels to the left and
-  15 rows up.
+  convolution looks around, and another linear layer restores the length. A ReLU stands before each
+  of these three, and before the last linear layer of the network, which computes the logit.
+  Embeddings of row and column are added after the stem.
+  Receptive field: the pixels that a prediction depends on. (Below, a layer is one of the seven
+  masked convolutions; the others do not look around.) The first layer reaches 3 pixels to the left
+  and 3 rows up, each of the six others 2 more. Together they reach 15 pixels to the left and 15
+  rows up.
   Blind spot. In its own row a layer reads only what is to the left. So information from the right
   of X can travel left only in a layer that also carries it down by at least one row. Such a layer
   carries it at most 3 columns to the left if it is the first layer, and at most 2 otherwise.
   Information from the row above X can go down only once, so this row is seen up to 3 columns to the
-  right of X. Information from n rows above can go down in up to n layers. So, for n up to 7, the
-  number of layers, it is seen up to 3 + 2 (n - 1) = 2 n + 1 columns to the right, and from further
-  up also 15:
+  right of X. Information from n rows above can go down in up to n layers. So, for n up to 7, it is
+  seen up to 3 + 2 (n - 1) = 2 n + 1 columns to the right. For n from 8 to 15 it stays at 15
+  columns:
       # # # # # # # # # # # . . .     X is predicted from every #,
       # # # # # # # # # . . . . .     but from no dot. gatedcnn.py shows
       # # # # # X                     how to see those, too.
@@ -80,11 +83,11 @@ What to expect
   nll is in nats (natural logarithms) per image: summed over pixels, averaged over images. bpd (bits
   per dimension) = nll / (784 log 2) is the same quantity per pixel, in bits. A model that gives
   every pixel probability 1/2 has an nll of 784 log 2 = 543; one that always predicts, for each
-  pixel, the share of training images in which it is white has 206. The best figure in
-  bench/README.md, of a larger model trained for 457 epochs, is 78.6. If your nll falls far below
-  that, there is a leak: predictions see their own pixels; check the masks. (No model without a leak
-  gets below 45, on average: even one that knew the grey levels would have to predict the coin flips
-  that make an image binary, and 45 is their entropy.)
+  pixel, the share of training images in which it is white has 206. The best published figure in
+  bench/README.md, a PixelSNAIL's after 457 epochs, is 78.6. If your test nll falls far below that,
+  there is most likely a leak: predictions see their own pixels; check the masks. (No model without
+  a leak gets below 45, on average: even one that knew the grey levels would have to predict the
+  coin flips that make an image binary, and 45 is their entropy.)
 """
 
 import argparse

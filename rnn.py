@@ -44,9 +44,9 @@ Maths
   Tokens. Token i, the input of step i, is the output of the convolution `stem` on the 87 pixels
   before pixel i, plus embeddings of the row and the column of pixel i.
   An LSTM has two states, vectors of n_embd numbers: the memory c, and h, what it shows of c. In
-  step i it reads a_i, the token after a layer norm (without learned weights). [a, h] joins two
-  vectors, * multiplies number by number, and each of the first four lines has a W and a b of its
-  own:
+  step i it reads a_i, its input after a layer norm (without learned weights); for the first LSTM
+  the input is the token. [a, h] joins two vectors, * multiplies number by number, and each of the
+  first four lines has a W and a b of its own:
       f = sigmoid(W [a_i, h_{i-1}] + b)     forget gate, in (0, 1): how much to keep
       u = sigmoid(W [a_i, h_{i-1}] + b)     input gate: how much to write
       o = sigmoid(W [a_i, h_{i-1}] + b)     output gate: how much to show
@@ -55,7 +55,7 @@ Maths
       h_i = o * tanh(c_i)
   Leaving aside the indirect path (through h_{i-1}, c_{i-1} also affects f, u and g), dc_i /
   dc_{i-1} = f. So where the network sets f near 1, both the memory and its gradient fade slowly. At
-  the start of an image h and c are 0. (nn.LSTM keeps the parts of W for a and for h apart, and
+  the start of an image h and c are 0. (nn.LSTM has one W and one b for a and another for h, and
   calls u the input gate i.)
   Two LSTMs are stacked. The first adds its h to the token. The second reads that sum after another
   layer norm and adds its own h. A linear layer computes the logit from the last sum, again
@@ -82,11 +82,11 @@ What to expect
   nll is in nats (natural logarithms) per image: summed over pixels, averaged over images. bpd (bits
   per dimension) = nll / (784 log 2) is the same quantity per pixel, in bits. A model that gives
   every pixel probability 1/2 has an nll of 784 log 2 = 543; one that always predicts, for each
-  pixel, the share of training images in which it is white has 206. The best figure in
-  bench/README.md, of a larger model trained for 457 epochs, is 78.6. If your nll falls far below
-  that, there is a leak: predictions see their own pixels; check the padding in tokens. (No model
-  without a leak gets below 45, on average: even one that knew the grey levels would have to predict
-  the coin flips that make an image binary, and 45 is their entropy.)
+  pixel, the share of training images in which it is white has 206. The best published figure in
+  bench/README.md, a PixelSNAIL's after 457 epochs, is 78.6. If your test nll falls far below that,
+  there is most likely a leak: predictions see their own pixels; check the padding in tokens. (No
+  model without a leak gets below 45, on average: even one that knew the grey levels would have to
+  predict the coin flips that make an image binary, and 45 is their entropy.)
 """
 
 import argparse

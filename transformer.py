@@ -45,7 +45,7 @@ Maths
   map turns token i into logits_i.
   Attention, for queries q, keys k and values v of d numbers each:
       attention_i = sum_{j <= i} w_ij v_j
-      w_ij = softmax_j(s_ij) = exp(s_ij) / sum_{j <= i} exp(s_ij),   s_ij = q_i k_j / sqrt(d)
+      w_ij = softmax_j(s_ij) = exp(s_ij) / sum_{l <= i} exp(s_il),   s_ij = q_i k_j / sqrt(d)
   q_i k_j is a dot product. The softmax makes the weights w_ij positive, summing to 1 for each i.
   Layer norm gives the numbers in q and in k mean 0 and mean square 1, so a length of sqrt(d), and
   q_i k_j = d cos(angle). Between random directions in d dimensions the cosine is typically about 1
@@ -80,11 +80,11 @@ What to expect
   nll is in nats (natural logarithms) per image: summed over pixels, averaged over images. bpd (bits
   per dimension) = nll / (784 log 2) is the same quantity per pixel, in bits. A model that gives
   every pixel probability 1/2 has an nll of 784 log 2 = 543; one that always predicts, for each
-  pixel, the share of training images in which it is white has 206. The best figure in
-  bench/README.md, of a larger model trained for 457 epochs, is 78.6. If your nll falls far below
-  that, there is a leak: predictions see their own pixels; check the padding in tokens. (No model
-  without a leak gets below 45, on average: even one that knew the grey levels would have to predict
-  the coin flips that make an image binary, and 45 is their entropy.)
+  pixel, the share of training images in which it is white has 206. The best published figure in
+  bench/README.md, a PixelSNAIL's after 457 epochs, is 78.6. If your test nll falls far below that,
+  there is most likely a leak: predictions see their own pixels; check the padding in tokens. (No
+  model without a leak gets below 45, on average: even one that knew the grey levels would have to
+  predict the coin flips that make an image binary, and 45 is their entropy.)
 """
 
 import argparse

@@ -6,8 +6,8 @@ so that noise decodes to digits.
 Kingma and Welling 2013, arXiv:1312.6114; the tighter bound, IWAE: Burda et al. 2015,
 arXiv:1509.00519. Differences from the paper: convolutions before the encoder's hidden layer and
 after the decoder's; optional labels; images binarised anew each time they are used (see Shapes);
-the matrices of the residual blocks trained by Muon, an optimizer explained in the train section;
-evaluation with an exponential moving average of the weights (EMA).
+the matrices and kernels of the residual blocks trained by Muon, an optimizer explained in the train
+section; evaluation with an exponential moving average of the weights (EMA).
 
 Idea
   Think of an image as made in two steps. First a code z, 32 random numbers, decides what to draw:
@@ -20,8 +20,8 @@ Idea
   hopeless to estimate this average from random z. So a second network, the encoder, says for each x
   which z are likely to have made it: a Gaussian q(z | x) with a mean mu and a standard deviation
   sigma for each of the 32 numbers, which are independent of each other. It is far narrower than the
-  prior, but for numbers that the decoder does not use. The decoder is then trained on z that could
-  have made x.
+  prior. (Only in a number that the decoder ignores is it as wide, as that costs nothing.) The
+  decoder is then trained on z that could have made x.
   Encode, then rebuild: that is an autoencoder. Here the code is noisy, and it has a price. The
   encoder pays for every bit by which q(z | x) says more about z than p(z) does. So it spends bits
   only where each improves the rebuilt image by more than it costs. The price also keeps the
@@ -60,8 +60,8 @@ Maths
   A tighter bound, importance-weighted (the method `bound`; bench/compare.py reports it), averages
   over k independent draws inside the log:
       log p(x) >= E[ log( 1/k sum_j p(x | z_j) p(z_j) / q(z_j | x) ) ]  =  -iwae
-  Each ratio has the mean p(x), and so has the mean of k of them, but that varies less, so Jensen's
-  inequality loses less. With k = 1 it is the ELBO; as k grows it tends to log p(x).
+  Each ratio has the expectation p(x). So has the average of k of them, but the average varies less,
+  so Jensen's inequality loses less. With k = 1 it is the ELBO; as k grows it tends to log p(x).
   Sampling. z ~ N(0, 1), decoded to the probabilities of the pixels. These are shown as grey levels:
   flipping a coin for each pixel would only add speckles.
   Labels. With --class-cond, the label's vector sets a scale and a shift for the features in encoder

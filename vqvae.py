@@ -4,14 +4,13 @@ together.
     python vqvae.py
 
 Van den Oord et al. 2017, arXiv:1711.00937; restarts of unused vectors: Dhariwal et al. 2020,
-arXiv:2005.00341; a price for unlikely codes: Chou et al. 1989 (entropy-constrained vector
-quantisation, where the price already counts when the vector is chosen; here only the encoder learns
-from it). Differences from the paper: a transformer as the prior, not a PixelCNN, and trained in the
-same run; a penalty for codes that the prior finds unlikely (rate, below); a learned offset for each
-position is added to the encoder's output, and the sum is normalised; optional labels; images
-binarised anew each time they are used (see Shapes); matrices of the layers trained by Muon, an
-optimizer explained in the train section; evaluation with an exponential moving average of the
-weights (EMA).
+arXiv:2005.00341; a price for unlikely codes (rate, below): Chou et al. 1989. Differences from the
+paper: a transformer as the prior, not a PixelCNN, and trained in the same run; a price for codes
+that the prior finds unlikely; a learned offset for each position is added to the encoder's output,
+and the sum is normalised; optional labels; images binarised anew each time they are used (see
+Shapes); the matrices of the prior's blocks, and the kernels of convolutions with as many input as
+output channels, trained by Muon, an optimizer explained in the train section; evaluation with an
+exponential moving average of the weights (EMA).
 
 Idea
   A VAE (see vae.py) describes an image by 32 real numbers, and fixes in advance how such numbers
@@ -57,9 +56,10 @@ Maths
   The expected cost of that,
       rate_i = -sum_k softmax_k(-|z_e_i - sg(e_k)|^2) sg(log p(k | codes_<i)),  rate = sum_i rate_i,
   has a gradient with respect to z_e. It moves z_e towards vectors whose codes the prior expects,
-  wherever two vectors are about equally near. (It ignores how a code affects the prediction of the
-  codes after it. With rate_weight = 1 it would be a soft copy of prior; less leaves recon more
-  say.)
+  wherever two vectors are about equally near. (Chou et al. add the price to the distance when they
+  choose the vector; here the nearest is chosen, and the price only trains the encoder. rate ignores
+  how a code affects the prediction of the codes after it. With rate_weight = 1 it would be a soft
+  copy of prior; less leaves recon more say.)
   Restarts. A vector that is never the nearest gets no gradient and stays useless. So a vector that
   is used less than 0.02 times as often as the average is moved onto one of the z_e of the batch. At
   the start, all vectors are placed in this way.
@@ -67,8 +67,8 @@ Maths
   decoder. The images shown are the probabilities of the pixels.
   Labels. With --class-cond, an embedding of the label is added to every token of the transformer.
   In training, a label is replaced with probability 1/10 by "no label", which has an embedding of
-  its own. Above 1, the argument guidance of sample() exaggerates what the label adds
-  (classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598):
+  its own. Above 1, the argument guidance of sample() exaggerates what the label adds to the logits
+  of the next code (classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598):
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
@@ -216,8 +216,9 @@ class VQVAE(nn.Module):
         # grows in training, the image decides more and more.
         self.offset = nn.Parameter(10 * torch.randn(self.side**2, code_dim))
         self.codebook = nn.Parameter(torch.zeros(n_codes, code_dim))  # the first batch will fill it
-        # How often each vector is used, where 1 is the average. It starts so low that the first
-        # restart finds all vectors dead, and places them.
+        # How often each vector is used, where 1 is the average. In the first batch
+        # all vectors are equal, and one takes every z_e. It starts so low that the first restart
+        # finds even this one dead, and places them all.
         self.register_buffer("usage", torch.full((n_codes,), -float(n_codes)))
         self.label = nn.Embedding(n_classes + 1, n_embd)  # the last entry is "no label"
         nn.init.zeros_(self.label.weight)  # at first labels change nothing

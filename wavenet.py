@@ -46,18 +46,20 @@ Maths
   * multiplies elementwise: sigmoid(gate), in (0, 1), passes, weakens or blocks tanh(value), in (-1,
   1). Before the first pixel, where i - d < 0, there are zeros. As mix is the same for every i, this
   is a convolution of kernel size 2, and a causal one: it never looks ahead. A small network,
-  `head`, computes the logits from the last h plus the sum of the skips. The layers that follow see
-  the changes only. So a layer can tell the output something that it does not tell them.
+  `head`, computes the logits from the last h plus the sum of the skips. Later layers see the change
+  that a layer makes, as part of h, but not its skip. So a layer can tell the output something that
+  it does not tell them.
   Reach. Token i starts from pixel i - 1. To bring in pixel j, a path has to go back n = i - 1 - j
   steps. Write n = 28 r + c with c < 28 and r < 28. Both have five binary digits, so c is a sum of
   some of 1, 2, 4, 8, 16, and 28 r is a sum of some of 28, 56, 112, 224, 448. These are the ten
   dilations. In each layer, a path either goes back by the dilation or stays where it is, so some
   path goes back by exactly n: every earlier pixel is reached. Ten layers of dilation 1, 2, 4, ...,
-  512 would reach them all as well, but not straight up: 32 back is one row up and four columns to
-  the left, and 64 back two rows up and eight to the left, while 28 and 56 back are straight up.
-  Sampling. In step i, a layer of dilation d needs its input from step i - d. It keeps its last d
-  inputs in a queue, so nothing is computed twice: all 784 steps together take about as much
-  arithmetic as one pass. Sampling is still slow, because the steps run one after the other.
+  512 would reach them all as well, but no layer would go straight up by itself: 32 back is one row
+  up and four columns to the left, and 64 back two rows up and eight to the left. Here a layer goes
+  exactly one row up (28 back), another exactly two, and so on. Sampling. In step i, a layer of
+  dilation d needs its input from step i - d. It keeps its last d inputs in a queue, so nothing is
+  computed twice: all 784 steps together take about as much arithmetic as one pass. Sampling is
+  still slow, because the steps run one after the other.
   Each pixel is drawn at random with its predicted probability. Always taking the likelier value
   would draw the same image every time, a blank one: after black pixels, black is likelier.
   Labels. With --class-cond, an embedding of the label is added to every token. In training, a label
@@ -77,11 +79,11 @@ What to expect
   nll is in nats (natural logarithms) per image: summed over pixels, averaged over images. bpd (bits
   per dimension) = nll / (784 log 2) is the same quantity per pixel, in bits. A model that gives
   every pixel probability 1/2 has an nll of 784 log 2 = 543; one that always predicts, for each
-  pixel, the share of training images in which it is white has 206. The best figure in
-  bench/README.md, of a larger model trained for 457 epochs, is 78.6. If your nll falls far below
-  that, there is a leak: predictions see their own pixels; check how forward moves the pixels. (No
-  model without a leak gets below 45, on average: even one that knew the grey levels would have to
-  predict the coin flips that make an image binary, and 45 is their entropy.)
+  pixel, the share of training images in which it is white has 206. The best published figure in
+  bench/README.md, a PixelSNAIL's after 457 epochs, is 78.6. If your test nll falls far below that,
+  there is most likely a leak: predictions see their own pixels; check how forward moves the pixels.
+  (No model without a leak gets below 45, on average: even one that knew the grey levels would have
+  to predict the coin flips that make an image binary, and 45 is their entropy.)
 """
 
 import argparse
