@@ -70,7 +70,8 @@ Maths
   slice of each layer, and all 784 steps together take no more arithmetic than one pass. Sampling is
   still slow, because the steps run one after the other.
   Each pixel is drawn at random with its predicted probability. Always taking the likelier value
-  would draw the same image every time, a blank one: after black pixels, black is likelier.
+  would draw the same image every time, a blank one: at each single pixel it is likelier that no
+  stroke starts there than that one does.
   Labels. With --class-cond, a learned vector for the label, its embedding, is added to the output
   of the first layer (it depends on no pixel, so the masks still hold). In training, a label is
   replaced with probability 1/10 by "no label", which has an embedding of its own. So one model

@@ -62,7 +62,8 @@ Maths
   Sampling. A token does not depend on later pixels, so its key and value are computed once and kept
   in a cache. Step i computes token i alone, and compares its query with the keys so far.
   Each pixel is drawn at random with its predicted probability. Always taking the likelier value
-  would draw the same image every time, a blank one: after black pixels, black is likelier.
+  would draw the same image every time, a blank one: at each single pixel it is likelier that no
+  stroke starts there than that one does.
   Labels. With --class-cond, an embedding of the label is added to every token. In training, a label
   is replaced with probability 1/10 by "no label", which has an embedding of its own. So one model
   learns both p(x | y), where y is the label, and p(x). (Without --class-cond, every image has "no

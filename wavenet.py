@@ -61,7 +61,8 @@ Maths
   computed twice: all 784 steps together take about as much arithmetic as one pass. Sampling is
   still slow, because the steps run one after the other.
   Each pixel is drawn at random with its predicted probability. Always taking the likelier value
-  would draw the same image every time, a blank one: after black pixels, black is likelier.
+  would draw the same image every time, a blank one: at each single pixel it is likelier that no
+  stroke starts there than that one does.
   Labels. With --class-cond, an embedding of the label is added to every token. In training, a label
   is replaced with probability 1/10 by "no label", which has an embedding of its own. So one model
   learns both p(x | y), where y is the label, and p(x). (Without --class-cond, every image has "no
