@@ -4,9 +4,9 @@
     python bench/compare.py --scripts vae gan      # only these
 
 The figures are kept in bench/results.json, with the log of the training. So the ten need not be
-trained and measured in one go: once all ten are in that file, the tables are written, README.md
-with the most important columns and bench/README.md with all of them. Checkpoints that have not
-changed are not measured again, but their times are.
+trained and measured in one go: the tables show all that is in that file, README.md with the most
+important columns and bench/README.md with all of them. Checkpoints that have not changed are not
+measured again, but their times are. With another number of --samples, the table is only printed.
 
 What is measured of each model:
 parameters  without the labels, if the model has not learnt any
@@ -50,6 +50,7 @@ from train_all import SCRIPTS, seconds, trainer
 from common import load_mnist, save_images
 
 GREY = "gan", "diffusion"
+SAMPLES = 10_000  # distances fall with the number of samples, so they are compared at one only
 START, END = "<!-- bench/compare.py writes from here -->\n", "<!-- to here -->\n"
 SHORT = "model", "epochs", "nats", "s/epoch", "100 in", "ratio", "digits"  # columns in README.md
 LONG = ("model", "parameters", "epochs", "s/epoch", "nats", "-ELBO", "bits/dim", "100 in",
@@ -254,7 +255,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("--scripts", nargs="+", choices=SCRIPTS, help="(default: all whose run is in out/)")
-    flag("--samples", type=int, default=10_000, help="of each model (default %(default)s)")
+    flag("--samples", type=int, default=SAMPLES, help="of each model (default %(default)s)")
     flag("--data-dir", help="folder of the data sets (default: data, beside common.py)")
     flag("--root", type=Path, default=ROOT, help="whose README.md, bench/ and assets/ to write")
     args = parser.parse_args(argv)
@@ -274,6 +275,9 @@ def main(argv=None):
         if START not in text or END not in text:
             sys.exit(f"{path} has no lines {START.strip()} and {END.strip()}")
     path = args.root / "bench/results.json"
+    if args.samples != SAMPLES:
+        path = Path(f"out/bench/results-{args.samples}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -300,23 +304,20 @@ def main(argv=None):
         save_json(results, path)
         row = cells(script, results[script], results[kind]["Frechet"])
         print("  ".join(f"{key} {row[key]}" for key in LONG if key in row), flush=True)
-    all_in_one(args.root / "assets", test_x)
 
     rows = [
         cells(f"training images, {kind}", results[kind], results[kind]["Frechet"]) for kind in sets
     ]
-    missing = []
-    for script in SCRIPTS:
-        if script not in results or results[script]["key"][:2] != key:
-            missing.append(script)
-            continue
+    measured = [script for script in SCRIPTS if results.get(script, {}).get("key", [])[:2] == key]
+    for script in measured:
         kind = "grey" if script in GREY else "binarised"
         rows.append(cells(script, results[script], results[kind]["Frechet"]))
-    if missing:
-        print(f"no table yet: {', '.join(missing)} not measured")
-        return
-    machines = sorted({results[script]["machine"] for script in SCRIPTS})
+    machines = sorted({results[script]["machine"] for script in measured})
     note = f"{n:,} samples of each model; {'; '.join(machines)}.\n"
+    if n != SAMPLES:
+        print(table(rows, LONG) + "\n" + note)
+        return
+    all_in_one(args.root / "assets", test_x)
     for readme, columns in zip(readmes, (SHORT, LONG)):
         write_between(readme, table(rows, columns) + "\n" + note)
     print(f"wrote {readmes[0]} and {readmes[1]}")
