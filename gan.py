@@ -1,6 +1,7 @@
 """GAN: a generator turns noise into digits; a discriminator learns to tell them from real ones.
 
     python gan.py
+    # 20 epochs, seed 0: Frechet ratio 10 (real digits: 1; see README.md)
 
 Goodfellow et al. 2014, arXiv:1406.2661; convolutions: DCGAN, Radford et al. 2015, arXiv:1511.06434;
 the penalty r1: Mescheder et al. 2018, arXiv:1801.04406. Main differences from DCGAN: layer norm in
@@ -62,8 +63,10 @@ What to expect
   The train loss in the log is the sum d_loss (with the penalty) + g_loss; nothing minimises this
   sum. d_real and d_fake are the means of sigmoid(D) over test digits and over fakes. Neither loss
   keeps falling, because the opponent improves, too: judge by the samples. If D could only guess,
-  d_loss would be 2 log 2 = 1.386 and g_loss log 2 = 0.693, with d_real = d_fake = 0.5. If d_loss
-  nears 0, G has lost; if fakes look alike, G has collapsed.
+  d_loss would be 2 log 2 = 1.386 and g_loss log 2 = 0.693, with d_real = d_fake = 0.5. In a run of
+  20 epochs with seed 0 they are near that from the fourth epoch on (1.35, 0.73, 0.51 and 0.48 at
+  the end), while the samples go on improving. If d_loss nears 0, G has lost; if fakes look alike, G
+  has collapsed.
 """
 
 import argparse
