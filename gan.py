@@ -262,8 +262,8 @@ def learning_rate(step, total_steps, peak):
 
 
 def make_optimizers(model):
-    """An optimizer for each player, without momentum (the first of the betas is 0): which
-    would go on in directions that were right against the opponent as it was some steps ago.
+    """An optimizer for each player, without momentum (the first of the betas is 0), which would
+    go on in directions that were right against the opponent as it was some steps ago.
 
     train_epoch sets their learning rates.
     """

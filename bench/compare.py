@@ -1,4 +1,4 @@
-"""The head-to-head: measures the checkpoints in out/ alike, writes tables and a picture.
+"""The head-to-head: measures the checkpoints in out/ alike, writes tables and pictures.
 
     python bench/compare.py                        # all runs in out/: bench/train_all.py makes them
     python bench/compare.py --scripts vae gan      # only these
@@ -7,6 +7,7 @@ The figures are kept in bench/results.json, with the log of the training. So the
 trained and measured in one go: the tables show all that is in that file, README.md with the most
 important columns and bench/README.md with all of them. Checkpoints that have not changed are not
 measured again, but their times are. With another number of --samples, the table is only printed.
+assets/ gets samples.png, a row of each model, and those pictures of the runs that README.md shows.
 
 What is measured of each model:
 parameters  without the labels, if the model has not learnt any
@@ -35,6 +36,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -56,6 +58,11 @@ SHORT = "model", "epochs", "nats", "s/epoch", "100 in", "ratio", "digits"  # col
 LONG = ("model", "parameters", "epochs", "s/epoch", "nats", "-ELBO", "bits/dim", "100 in",
         "Frechet", "ratio", "KID", "precision", "recall", "brightness", "digits",
         "labels")  # fmt: skip
+
+
+def kind_of(script):
+    """Which test images the samples of a script are compared with."""
+    return "grey" if script in GREY else "binarised"
 
 
 def frechet(a, b):
@@ -250,6 +257,25 @@ def all_in_one(assets, test_x):
     save_images(contact_sheet(rows, assets / "samples.png"), assets / "samples.png")
 
 
+def copy_pictures(assets):
+    """Copy the pictures of the runs in out/ that the README shows."""
+    pictures = {f"{script}.png": f"out/{script}/completion.png" for script in SCRIPTS[:6]}
+    pictures |= {f"{script}.png": f"out/{script}/samples.png" for script in SCRIPTS[6:]}
+    pictures |= {
+        "sampling.gif": "out/transformer/sampling.gif",
+        "reconstruction.png": "out/vae/reconstruction.png",
+        "vqvae_reconstruction.png": "out/vqvae/reconstruction.png",
+        "vqvae_completion.png": "out/vqvae/completion.png",
+        "process.gif": "out/diffusion/process.gif",
+    }
+    for name, path in pictures.items():
+        if Path(path).exists():
+            shutil.copyfile(path, assets / name)
+    if Path("out/gan/interpolation.png").exists():
+        with Image.open("out/gan/interpolation.png") as image:
+            image.crop((0, 0, image.width, 302)).save(assets / "gan_interpolation.png")
+
+
 @torch.no_grad()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -270,10 +296,10 @@ def main(argv=None):
     if not scripts:
         sys.exit("no out/*/model.pt: train first, with python bench/train_all.py")
     readmes = [args.root / "README.md", args.root / "bench/README.md"]
-    for path in readmes:
-        text = path.read_text()
+    for readme in readmes:
+        text = readme.read_text()
         if START not in text or END not in text:
-            sys.exit(f"{path} has no lines {START.strip()} and {END.strip()}")
+            sys.exit(f"{readme} has no lines {START.strip()} and {END.strip()}")
     path = args.root / "bench/results.json"
     if args.samples != SAMPLES:
         path = Path(f"out/bench/results-{args.samples}.json")
@@ -294,7 +320,7 @@ def main(argv=None):
             results[kind] = {**real_baseline(n, data, train_x), "key": key}
             save_json(results, path)
     for script in scripts:
-        kind = "grey" if script in GREY else "binarised"
+        kind = kind_of(script)
         models = [Path(f"out/{script}/model.pt"), Path(f"out/{script}-labels/model.pt")]
         key_of_script = [*key, *[fingerprint(model) for model in models if model.exists()]]
         if results.get(script, {}).get("key") != key_of_script:
@@ -310,7 +336,7 @@ def main(argv=None):
     ]
     measured = [script for script in SCRIPTS if results.get(script, {}).get("key", [])[:2] == key]
     for script in measured:
-        kind = "grey" if script in GREY else "binarised"
+        kind = kind_of(script)
         rows.append(cells(script, results[script], results[kind]["Frechet"]))
     machines = sorted({results[script]["machine"] for script in measured})
     note = f"{n:,} samples of each model; {'; '.join(machines)}.\n"
@@ -318,6 +344,7 @@ def main(argv=None):
         print(table(rows, LONG) + "\n" + note)
         return
     all_in_one(args.root / "assets", test_x)
+    copy_pictures(args.root / "assets")
     for readme, columns in zip(readmes, (SHORT, LONG)):
         write_between(readme, table(rows, columns) + "\n" + note)
     print(f"wrote {readmes[0]} and {readmes[1]}")

@@ -11,7 +11,6 @@ posteriors vae.py: q(z | x) of a thousand test digits over p(z), for two numbers
            python vae.py --z-dim 2 --epochs 2 --out-dir out/vae-2d
 codes      vqvae.py: a digit, its codes, what they decode to, and what each code looks like
 denoising  diffusion.py: x_t above the predicted x0, along t
-copies     not drawn here: the pictures of the runs in out/ that the README shows
 
 Needs matplotlib (bench/requirements.txt).
 """
@@ -19,18 +18,16 @@ Needs matplotlib (bench/requirements.txt).
 import argparse
 import importlib
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.patches import Ellipse
-from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-from compare import GREY, load
+from compare import GREY, kind_of, load
 from train_all import SCRIPTS
 
 from common import load_mnist
@@ -79,7 +76,7 @@ def speed():
         if script not in measured:
             continue
         figures = measured[script]
-        real = measured["grey" if script in GREY else "binarised"]["Frechet"]
+        real = measured[kind_of(script)]["Frechet"]
         point = figures["100 in"], figures["Frechet"] / real
         axes.plot(*point, "o", color=COLORS[script])
         axes.annotate(script, point, (6, 0), textcoords="offset points", va="center")
@@ -237,25 +234,6 @@ def denoising():
     return figure
 
 
-def copies(assets):
-    """Copy the pictures of the runs in out/ that the README shows."""
-    pictures = {f"{script}.png": f"out/{script}/completion.png" for script in SCRIPTS[:6]}
-    pictures |= {f"{script}.png": f"out/{script}/samples.png" for script in SCRIPTS[6:]}
-    pictures |= {
-        "sampling.gif": "out/transformer/sampling.gif",
-        "reconstruction.png": "out/vae/reconstruction.png",
-        "vqvae_reconstruction.png": "out/vqvae/reconstruction.png",
-        "vqvae_completion.png": "out/vqvae/completion.png",
-        "process.gif": "out/diffusion/process.gif",
-    }
-    for name, path in pictures.items():
-        if Path(path).exists():
-            shutil.copyfile(path, assets / name)
-    if Path("out/gan/interpolation.png").exists():
-        with Image.open("out/gan/interpolation.png") as image:
-            image.crop((0, 0, image.width, 302)).save(assets / "gan_interpolation.png")
-
-
 FUNCTIONS = nats, speed, masks, fields, posteriors, codes, denoising
 FIGURES = {function.__name__: function for function in FUNCTIONS}
 
@@ -263,15 +241,11 @@ FIGURES = {function.__name__: function for function in FUNCTIONS}
 @torch.no_grad()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    names = [*FIGURES, "copies"]
-    parser.add_argument("names", nargs="*", choices=[*names, []], help="(default: all)")
+    parser.add_argument("names", nargs="*", choices=[*FIGURES, []], help="(default: all)")
     parser.add_argument("--assets", type=Path, default=ROOT / "assets", help="where to write")
     args = parser.parse_args(argv)
     args.assets.mkdir(parents=True, exist_ok=True)
-    for name in args.names or names:
-        if name == "copies":
-            copies(args.assets)
-            continue
+    for name in args.names or FIGURES:
         try:
             figure = FIGURES[name]()
         except FileNotFoundError as error:
