@@ -159,7 +159,9 @@ def test_sizes_that_a_model_cannot_have_are_refused(name):
     if name in ("pixelcnn", "gatedcnn"):
         wrong += [{"kernel": 4}, {"n_layer": 0}]
     if name in ("transformer", "vqvae"):
-        wrong += [{"n_embd": 15, "n_head": 2}]
+        wrong += [{"n_embd": 15, "n_head": 2}, {"n_embd": 2, "n_head": 2}]
+    if name == "vqvae":
+        wrong += [{"code_dim": 2}]
     if name == "diffusion":
         wrong += [{"n_embd": 33}]
     for weight in {"gan": ["gamma"], "vqvae": ["beta", "rate_weight"]}.get(name, []):
@@ -278,6 +280,18 @@ def test_diffusion_with_all_noise_fresh_is_ddpm(monkeypatch):
         )
         step = model.move(x, start, end, 1, fresh=1.0)
         torch.testing.assert_close(step, mean + noise * variance**0.5)
+
+
+def test_diffusion_ends_at_its_end_from_any_start():
+    """Times are not exact, but the last step ends at 0: just the image, without any noise."""
+    model = perturb(tiny("diffusion", size=4))
+    for start in (0.1, 0.3, 0.7):
+        for steps in (3, 6, 12, 24):
+            frames = []
+            x = torch.randn(1, 1, 4, 4)
+            end = model.move(x, start, 0, steps, fresh=0.25, frames=frames)
+            _, x0 = frames[-1]
+            assert torch.equal(end, x0)
 
 
 def test_diffusion_sees_its_last_prediction():
