@@ -9,17 +9,19 @@ Nichol and Dhariwal 2021, arXiv:2102.09672); the network predicts the velocity v
 2022, arXiv:2202.00512) and is shown the image that it predicted last (self-conditioning: Chen et
 al. 2022, arXiv:2208.04202); a sampler between DDPM's and DDIM's (Song et al. 2020,
 arXiv:2010.02502), with extrapolation; classifier-free guidance (Ho and Salimans 2022,
-arXiv:2207.12598); a smaller U-Net, with two resolutions, layer norms and no attention; the matrices
-of its blocks trained by Muon, an optimizer explained in the train section.
+arXiv:2207.12598); a smaller U-Net (a network that halves the image and doubles it again, with a
+direct connection from the first half to the second), with two resolutions, layer norms and no
+attention; the matrices of its blocks trained by Muon, an optimizer explained in the train section.
 
 Idea
   Mix an image with random noise, more and more, until nothing of the image is left. It is
-  impossible to undo that at once: given pure noise, the best prediction of the image is the average
-  of all digits, a grey blur. But a small step towards that prediction is safe: most of the noise
-  remains, so an error can still be corrected. And the network can look again. The first hint is the
-  same blur for all. But together with it, this particular noise looks a little more like one digit
-  than like others, so the next prediction leans that way, and each step strengthens the choice.
-  After 50 steps, the hint has become a digit, and different noise has become different digits.
+  impossible to undo that at once: given pure noise, the best prediction of the image (with the
+  smallest squared error) is the average of all digits, a grey blur. But a small step towards that
+  prediction is safe: most of the noise remains, so an error can still be corrected. And the network
+  can look again. The first prediction is the same blur for all noise. But mixed with this blur, one
+  noise looks a little more like a 3, say, and another a little more like a 7. So the next
+  prediction leans that way, and each step strengthens the choice. After 50 steps, the prediction
+  has become a digit, and different noise has become different digits.
   Training needs no such steps. Mix an image with noise, in a random proportion, and let the network
   separate the two. It is plain regression, with nothing to balance: no opponent as in a GAN, no
   second loss term as in a VAE.
@@ -32,9 +34,9 @@ Maths
       x_t = cos(a) x0 + sin(a) eps,   a = t pi / 2
   As cos^2 + sin^2 = 1, noise and image trade places without x_t growing: both have a mean square
   near 1. (DDPM and most tutorials write alpha_bar for cos(a)^2.) As the angle a rises, x_t moves on
-  an arc from x0 to eps, with the velocity
+  an arc from x0 to eps, with the velocity (per unit of angle)
       v = dx_t/da = cos(a) eps - sin(a) x0.
-  (x_t, v) is (x0, eps), rotated by a. So rotate back:
+  So (x_t, v) is the pair (x0, eps), turned by the angle a. Turn it back:
       x0 = cos(a) x_t - sin(a) v,   eps = sin(a) x_t + cos(a) v.
   Learning.
       loss = E || v_net(x_t, t) - v ||^2 / 784,   the mean over the pixels, over x0, eps and t
@@ -47,12 +49,14 @@ Maths
   Self-conditioning. Each step of the sampler predicts x0, and the next step should only have to
   refine it. So the network has a second input, the x0 predicted last, or zeros if there is none. In
   training, half of the images get the x0 that a first pass, with zeros, predicts from the same x_t
-  (in place of the one from a slightly noisier x, which the sampler has; with small steps they are
-  close).
+  (The sampler has the one predicted a step earlier, from a slightly noisier x; with small steps the
+  two are close.) So, strictly, v is learned given this input as well.
   The score. (Not needed below, but papers speak of it.) Given x0, x_t has the density N(cos(a) x0,
   sin(a)^2), and the gradient of its logarithm is -(x_t - cos(a) x0) / sin(a)^2 = -eps / sin(a).
-  p(x_t) is the mean of these densities over x0. Take its gradient, with grad p = p grad log p, and
-  divide by p(x_t): each x0 gets the weight p(x_t | x0) p(x0) / p(x_t) = p(x0 | x_t), so
+  p(x_t) is the mean of these densities over x0. The gradient of p(x_t) is the mean of the gradients
+  of these densities, each of which is the density times the gradient of its logarithm (grad p = p
+  grad log p). Divided by p(x_t), that is a weighted mean, in which each x0 gets the weight p(x_t |
+  x0) p(x0) / p(x_t) = p(x0 | x_t), so
       grad log p(x_t) = -E[eps | x_t] / sin(a).
   This is the score: the direction in which images with this much noise become more probable. To
   predict the noise is to know the score.
@@ -66,25 +70,26 @@ Maths
   and out, and the flow is the density times this mean velocity. So if every point moves at that
   mean velocity instead, the flow is the same as that of the arcs, and so is the density at each t:
   noise at t = 1, hence images at t = 0.
-  fresh = 1 is DDPM. There an image becomes noise by a little new noise at each step, not along one
-  arc. The distribution at each t is the same, but x at angle b is not determined by x0 and x at
-  angle a. If x0 were the true image, the step would draw x at b from its distribution given these
-  two. (tan is the ratio of noise to image.) Replacing noise washes out errors of earlier steps, but
-  needs more steps, and makes strokes a little thinner. The default of sample, fresh = 0.25, lies
-  between. (Then the first step, where tan(a) is infinite, replaces all the noise. There is no harm
-  in that, as x holds nothing of the image yet.)
-  To need fewer steps, the code takes x0 as it will be in the middle of the step, extrapolated from
-  the last two predictions, and the eps that fits it (see move). The first step does not, nor does a
-  step to t = 0, which returns the prediction itself.
+  fresh = 1 is DDPM, which assumes that an image becomes noise by a little new noise at each step,
+  not along one arc. The distribution at each t is the same, but x at angle b is not determined by
+  x0 and x at angle a. If x0 were the true image, the step would draw x at b from its distribution
+  given these two. (The share keep depends on tan, because tan(a) is the ratio of noise to image in
+  x_t.) Replacing noise washes out errors of earlier steps, but needs more steps, and makes strokes
+  a little thinner. The default of sample, fresh = 0.25, lies between. (Then the first step, where
+  tan(a) is infinite, replaces all the noise. There is no harm in that, as x holds nothing of the
+  image yet.)
+  To need fewer steps, the code estimates x0 as it will be in the middle of the step, by
+  extrapolating the last two predictions, and uses that and the eps that fits it (see move). The
+  first step does not extrapolate, nor does a step to t = 0, which returns the prediction itself.
   Guidance. With --class-cond, an embedding of the label is added to that of t. In training, a label
   is replaced with probability 1/10 by "no label", which has an embedding of its own. Sampling
   follows v(no label) + guidance * (v(label) - v(no label)): 0 ignores the label, 1 is the model of
-  images with that label, more than 1 exaggerates what the label adds.
+  images with that label, more than 1 exaggerates what the label adds (1.5 by default).
 
 Shapes
   x (B, 1, 28, 28) in [0, 1] as given to loss(); x0 in [-1, 1], so that its mean square is near that
   of the noise, 1; x_t, v, eps (B, 1, 28, 28); t (B,) in [0, 1]; y (B,) in 0..9, or 10 for "no
-  label". size: a multiple of 4.
+  label". size: a multiple of 4, as the image is halved twice.
 
 What to expect
   loss is the mean squared error of v per pixel. It falls to 0.15 in the first epoch and then slowly
@@ -126,7 +131,7 @@ class ResBlock(nn.Module):
 
 
 def slerp(a, b, n=10):
-    """n points on the arc from each a to its b: (B, ...) -> (B * n, D).
+    """Spherical interpolation: n points on the arc from each a to its b, (B, ...) -> (B * n, D).
 
     Noise of D numbers has a norm of about sqrt(D); the arc keeps it, a straight line does not.
     """
@@ -217,9 +222,9 @@ class Diffusion(nn.Module):
         x0 = 2 * x - 1
         x_t, v = self.diffuse(x0, t, torch.randn_like(x0))
         # Half of the images also see an x0 that the network predicts for them. t rises along the
-        # batch, so every second image still covers [0, 1]. (detach instead of torch.no_grad: in
-        # older versions of torch, the second pass would reuse weights that autocast has cached
-        # without gradients.)
+        # batch, so the times of every second image still cover [0, 1]. (detach instead of
+        # torch.no_grad: in older versions of torch, the second pass would reuse weights that
+        # autocast has cached without gradients.)
         x0_last = torch.zeros_like(x0)
         a = t[::2, None, None, None] * math.pi / 2
         v_first = self(x_t[::2], t[::2], None if y is None else y[::2]).detach()
@@ -228,7 +233,7 @@ class Diffusion(nn.Module):
         return loss, {"loss": loss}
 
     def guided_v(self, x_t, t, y, guidance, x0_last):
-        """-> v (B, 1, H, W) of x_t at time t, a number. With labels y (B,), it is
+        """-> v (B, 1, H, W) of x_t at time t, one number for the batch. With labels y (B,), it is
         v(no label) + guidance * (v(y) - v(no label))."""
         t = torch.full((len(x_t),), t, device=x_t.device, dtype=x_t.dtype)
         v = self(x_t, t, None, x0_last)
@@ -246,8 +251,8 @@ class Diffusion(nn.Module):
         next time. One call of the network per step, two if labels y (B,) are given.
 
         fresh:  how much of eps each step replaces with fresh noise (the exponent of keep). 0: none,
-                so the start determines the end (DDIM); 1: as in DDPM (both but for x0_middle).
-                Above 0 only if end < start
+                so the start determines the end (DDIM); 1: as in DDPM (both of which use x0, not
+                x0_middle). Above 0 only if end < start
         self_cond: show the network the x0 that it predicted last. Without it, v depends on x, t and
                 y alone, so that with fresh = 0 the steps can nearly be undone
         frames: a list, to which each step appends the new x and the x0 predicted from the old one
@@ -293,14 +298,15 @@ class Diffusion(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images -> {name: pictures}:
 
-        process        (25, N, 1, H, 2 W): noise becomes images, x_t on the left, predicted x0 right
+        process        (25, N, 1, H, 2 W): noise becomes images, x_t left, predicted x0 right,
+                       without fresh noise, whose flicker would distract
         interpolation  (10 N, 1, H, W): a row from each image to the next, by way of their noise
         """
         frames = []
         self.move(torch.randn_like(x), 1, 0, 25, frames=frames)
         process = torch.stack([torch.cat(pair, dim=-1) for pair in frames])
         # Backwards, from the images to their noise. At t = 0 there is no noise in x_t, and the best
-        # prediction of eps is 0, so we start with a little noise.
+        # prediction of eps is 0: the image would move towards no noise. So start with a little.
         start = 0.05
         x_t, _ = self.diffuse(2 * x - 1, x.new_full((len(x),), start), torch.randn_like(x))
         noise = self.move(x_t, start, 1, 50, self_cond=False)

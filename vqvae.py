@@ -2,14 +2,15 @@
 together.
 
     python vqvae.py
+    # 20 epochs, seed 0: test neg_elbo 92.72; an epoch takes 48 seconds on two CPU cores (bfloat16)
 
 Van den Oord et al. 2017, arXiv:1711.00937; restarts of unused vectors: Dhariwal et al. 2020,
-arXiv:2005.00341; a price for unlikely codes (rate, below): Chou et al. 1989. Differences from the
-paper: a transformer as the prior, not a PixelCNN, and trained in the same run; a price for codes
-that the prior finds unlikely; a learned offset for each position is added to the encoder's output,
-and the sum is normalised; optional labels; images binarised anew each time they are used (see
-Shapes); the matrices of the prior's blocks, and the kernels of convolutions with as many input as
-output channels, trained by Muon, an optimizer explained in the train section; evaluation with an
+arXiv:2005.00341; a price for codes that are hard to predict (rate, below): Chou, Lookabaugh and
+Gray 1989. Differences from the paper: a transformer as the prior, not a PixelCNN, and trained in
+the same run; that price; a learned offset for each position is added to the encoder's output, and
+the sum is normalised; optional labels; images binarised anew each time they are used (see Shapes);
+the matrices of the prior's blocks, and the kernels of convolutions with as many input as output
+channels, trained by Muon, an optimizer explained in the train section; evaluation with an
 exponential moving average of the weights (EMA).
 
 Idea
@@ -25,14 +26,14 @@ Idea
   To sample, draw 49 codes from the prior, one by one, then decode all of them in one pass. So only
   49 values are drawn in sequence, not 784 as in a model that draws pixel by pixel. Codes drawn
   uniformly, without the prior, decode to scribbles.
-  The price: the codes that rebuild an image best are not the easiest to predict, so autoencoder and
-  prior have to be balanced; the gradient of the choice of the nearest vector is zero almost
-  everywhere; and vectors may fall out of use.
+  The drawbacks: the codes that rebuild an image best are not the easiest to predict, so autoencoder
+  and prior have to be balanced; a small change of z_e hardly ever changes which vector is nearest,
+  so this choice has no useful gradient; and vectors may fall out of use.
 
 Maths
   The decoder defines p(x | codes), the prior p(codes). Any of the 64^49 grids of codes could have
   produced an image:
-      p(x) = sum over all codes of p(x | codes) p(codes)  >=  p(x | codes) p(codes)  for any codes,
+      p(x) = sum over all grids of p(x | codes) p(codes)  >=  p(x | codes) p(codes)  for any grid,
   as no term of the sum is negative. So with the codes that the encoder chooses
       log p(x) >= log p(x | codes) + log p(codes) = -(recon + prior) = -neg_elbo,
       recon = -sum_i log p(x_i | codes)   with p(x_i = 1 | codes) = sigmoid(logits_i) for pixel i,
@@ -60,15 +61,16 @@ Maths
   choose the vector; here the nearest is chosen, and the price only trains the encoder. rate ignores
   how a code affects the prediction of the codes after it. With rate_weight = 1 it would be a soft
   copy of prior; less leaves recon more say.)
-  Restarts. A vector that is never the nearest gets no gradient and stays useless. So a vector that
-  is used less than 0.02 times as often as the average is moved onto one of the z_e of the batch. At
-  the start, all vectors are placed in this way.
+  Restarts. A vector that is never the nearest gets no gradient and stays useless. So a vector whose
+  use (a running average over about 100 batches) is below 0.02 times that of the average vector is
+  moved onto one of the z_e of the batch. At the start, all vectors are placed in this way.
   Sampling. 49 steps of the transformer, with a cache of keys and values, then one pass of the
   decoder. The images shown are the probabilities of the pixels.
-  Labels. With --class-cond, an embedding of the label is added to every token of the transformer.
-  In training, a label is replaced with probability 1/10 by "no label", which has an embedding of
-  its own. Above 1, the argument guidance of sample() exaggerates what the label adds to the logits
-  of the next code (classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598):
+  Labels. With --class-cond, an embedding of the label is added to each token, the vector with which
+  the transformer starts at a position. In training, a label is replaced with probability 1/10 by
+  "no label", which has an embedding of its own. If the argument guidance of sample() is above 1, it
+  exaggerates what the label adds to the logits of the next code (classifier-free guidance, Ho and
+  Salimans 2022, arXiv:2207.12598):
       logits <- logits(no label) + guidance * (logits(label) - logits(no label))
 
 Shapes
@@ -80,10 +82,14 @@ Shapes
 
 What to expect
   recon, prior and neg_elbo are in nats per image: summed over pixels or codes, averaged over
-  images. commit is the squared distance |z_e - z_q|^2 of an image, summed over positions; it may
-  grow slowly. perplexity is the effective number of codes in use, exp of the entropy of their
-  shares in a batch: 64 if all are used equally often, 1 if only one is. Below about 10, most of the
-  codebook is hardly used.
+  images. (ELBO is short for evidence lower bound, the right-hand side of the inequality above.) The
+  train loss in the log is the whole loss, with all five terms, and far larger. commit is the
+  squared distance |z_e - z_q|^2 of an image, summed over positions; it may grow slowly, because the
+  other terms move z_e, too. perplexity is the effective number of codes in use, exp of the entropy
+  of their shares in a batch: 64 if all are used equally often, 1 if only one is. Below about 10,
+  most of the codebook is hardly used. With its defaults, this script reaches neg_elbo 92.72 (recon
+  60.0, prior 32.7), with a perplexity of 50. For comparison, vae.py rebuilds images about as well
+  (recon 60.4) from a code that costs 26 nats.
 """
 
 import argparse
@@ -170,7 +176,7 @@ class VQVAE(nn.Module):
         if min(channels, n_embd, n_head) < 1 or n_codes < 2:
             raise ValueError("channels, n_embd, n_head must be >= 1, n_codes >= 2")
         if code_dim < 3:
-            raise ValueError("code_dim must be >= 3: of 2 numbers, normalised, only a sign is left")
+            raise ValueError("code_dim must be >= 3: two numbers, normalised, are always 1 and -1")
         if min(n_layer, n_classes) < 0 or not (
             0 <= beta < math.inf and 0 <= rate_weight < math.inf
         ):
@@ -216,9 +222,9 @@ class VQVAE(nn.Module):
         # grows in training, the image decides more and more.
         self.offset = nn.Parameter(10 * torch.randn(self.side**2, code_dim))
         self.codebook = nn.Parameter(torch.zeros(n_codes, code_dim))  # the first batch will fill it
-        # How often each vector is used, where 1 is the average. In the first batch
-        # all vectors are equal, and one takes every z_e. It starts so low that the first restart
-        # finds even this one dead, and places them all.
+        # How often each vector is used, where 1 is the average. In the first batch all vectors are
+        # equal, and one of them is chosen for every z_e. Usage starts so low that the first restart
+        # finds even this one below 0.02, and places them all.
         self.register_buffer("usage", torch.full((n_codes,), -float(n_codes)))
         self.label = nn.Embedding(n_classes + 1, n_embd)  # the last entry is "no label"
         nn.init.zeros_(self.label.weight)  # at first labels change nothing
@@ -297,7 +303,8 @@ class VQVAE(nn.Module):
         """x in {0, 1} -> z_e (B, 49, code_dim), codes (B, 49), squared distances of each z_e to all
         vectors (B, 49, n_codes), logits of x, logits of the codes by the prior.
 
-        In training it first restarts vectors that are hardly used, which changes the codebook.
+        In training, it first encodes x, then restarts vectors that are hardly used (which changes
+        the codebook), and then chooses the codes.
         """
         z_e = self.encode(x)
         if self.training:
@@ -317,7 +324,7 @@ class VQVAE(nn.Module):
         return convolutions + [weight for weight in self.blocks.parameters() if weight.ndim > 1]
 
     def loss(self, x, y=None):
-        """x (B, 1, H, W) in [0, 1], y (B,) or None -> what to minimise, and its parts."""
+        """x (B, 1, H, W) in [0, 1], y (B,) or None -> the loss of the header; metrics."""
         self.check(x, y)
         x = torch.bernoulli(x)
         if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well
@@ -325,7 +332,8 @@ class VQVAE(nn.Module):
         z_e, codes, distance, logits, code_logits = self(x, y)
         # recon = -log p(x | codes)
         recon = F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
-        # like codebook[codes], but on a CPU its gradient is summed in the same order each time
+        # like codebook[codes], but on a CPU its gradient is summed in the same order each time, so
+        # that a run can be repeated exactly
         z_q = F.embedding(codes, self.codebook)  # (B, 49, code_dim)
         # codebook_loss = |sg(z_e) - z_q|^2, commit = |z_e - sg(z_q)|^2, where sg stops the
         # gradient: equal in value, but one moves the vectors, the other moves the encoder
@@ -338,6 +346,7 @@ class VQVAE(nn.Module):
         choice = (-distance).softmax(2)
         rate = -(choice * code_logits.detach().log_softmax(2)).sum() / len(x)
         loss = recon + codebook_loss + self.beta * commit + prior + self.rate_weight * rate
+        # perplexity = exp(-sum_k p_k log p_k), where p_k is the share of code k
         perplexity = torch.special.entr(self.usage_of(codes)).sum().exp()
         metrics = {"neg_elbo": recon + prior, "recon": recon, "prior": prior}
         return loss, {**metrics, "commit": commit, "perplexity": perplexity}
@@ -377,7 +386,8 @@ class VQVAE(nn.Module):
                         and one of what these decode to
         completion      (60, 1, H, W): ten images; their first three rows of codes; four rows of
                         images, for which the other codes are drawn
-        interpolation   (10 N, 1, H, W): a row from the z_e of each image to that of the next
+        interpolation   (10 N, 1, H, W): a row from the z_e of each image to that of the next (from
+                        the last to the first)
         """
         x = torch.bernoulli(x)
         side = self.side

@@ -219,8 +219,10 @@ def table(rows, columns):
     for column in ("nats", "s/epoch", "100 in", "ratio"):
         models = [row for row in rows if row["model"].endswith(".py") and row.get(column)]
         if models:
-            best = min(models, key=lambda row: float(row[column].strip("< s").replace(",", "")))
-            best[column] = f"**{best[column]}**"
+            values = [float(row[column].strip("< s").replace(",", "")) for row in models]
+            for row, value in zip(models, values):
+                if value == min(values):
+                    row[column] = f"**{row[column]}**"
     lines = [columns, ["---"] * len(columns)]
     lines += [[row.get(column, "") for column in columns] for row in rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -48,29 +48,52 @@ def results():
     return json.loads((ROOT / "bench/results.json").read_text())
 
 
+def minutes_and_nats(figures):
+    """-> minutes of training and test nats after each epoch, two lists, of a line of results()"""
+    metric = "nll" if "nll" in figures else "neg_elbo"
+    values = [row[metric] for row in figures["log"]]
+    return [(i + 1) * figures["s/epoch"] / 60 for i in range(len(values))], values
+
+
+def spread(places, gap):
+    """Move numbers in ascending order upwards until each is at least gap above the last."""
+    spread_places = places[:1]
+    for place in places[1:]:
+        spread_places.append(max(place, spread_places[-1] + gap))
+    return spread_places
+
+
 def nats():
-    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    curves = {}
     for script, figures in results().items():
-        if script not in SCRIPTS or script in GREY:
-            continue
-        metric = "nll" if "nll" in figures else "neg_elbo"
-        values = [row[metric] for row in figures["log"]]
-        minutes = [(i + 1) * figures["s/epoch"] / 60 for i in range(len(values))]
-        name = script if metric == "nll" else f"{script} (bound)"
-        axes.plot(minutes, values, ".-", color=COLORS[script])
-        axes.annotate(name, (minutes[-1], values[-1]), (4, 0), textcoords="offset points",
-                      va="center", color=COLORS[script])  # fmt: skip
+        if script in SCRIPTS and script not in GREY:
+            curves[script] = minutes_and_nats(figures)
+    scripts = sorted(curves, key=lambda script: curves[script][1][-1])  # the best first
+    end = 1.15 * max(minutes[-1] for minutes, _ in curves.values())
+    figure, axes = plt.subplots(figsize=(8, 5.5))
+    names_at = spread([curves[script][1][-1] for script in scripts], 0.65)
+    for script, name_at in zip(scripts, names_at):
+        minutes, values = curves[script]
+        color = COLORS[script]
+        axes.plot(minutes, values, ".-", color=color)
+        axes.plot([minutes[-1], end], [values[-1], name_at], ":", color=color, linewidth=0.8)
+        bound = " (bound)" if script in ("vae", "vqvae") else ""
+        axes.text(
+            1.03 * end, name_at, f"{script} {values[-1]:.1f}{bound}", color=color, va="center"
+        )
     for name, value in PUBLISHED.items():
-        axes.axhline(value, color="0.8", zorder=0)
-        axes.text(0, value, name, color="0.5", fontsize=8, va="bottom",
+        axes.axhline(value, color="0.85", zorder=0)
+        axes.text(0.01, value, name, color="0.5", fontsize=8, va="bottom",
                   transform=axes.get_yaxis_transform())  # fmt: skip
-    axes.set(xscale="log", ylim=(77.5, 100), xlabel="minutes of training", ylabel="test nats/image")
+    axes.set(xscale="log", xlim=(0.3, end), ylim=(78, 96))
+    axes.set(xlabel="minutes of training", ylabel="-log p(x) of test images, nats")
+    axes.set_xticks([0.5, 1, 2, 5, 10, 20, 40], ["0.5", "1", "2", "5", "10", "20", "40"])
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def speed():
-    figure, axes = plt.subplots(figsize=(6, 4))
+    figure, axes = plt.subplots(figsize=(7, 4.5))
     measured = results()
     for script in SCRIPTS:
         if script not in measured:
@@ -79,11 +102,16 @@ def speed():
         real = measured[kind_of(script)]["Frechet"]
         point = figures["100 in"], figures["Frechet"] / real
         axes.plot(*point, "o", color=COLORS[script])
-        axes.annotate(script, point, (6, 0), textcoords="offset points", va="center")
-    axes.axhline(1, color="0.8", zorder=0)
+        left = script in ("rnn", "gan")  # their right neighbours are near
+        axes.annotate(script, point, (-7 if left else 7, 0), textcoords="offset points",
+                      va="center", ha="right" if left else "left")  # fmt: skip
+    axes.axhline(1, color="0.85", zorder=0)
     axes.text(1, 1, "real digits", color="0.5", va="bottom", ha="right",
               transform=axes.get_yaxis_transform())  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="seconds to draw 100", ylabel="Frechet ratio")
+    axes.set(xscale="log", yscale="log", xlim=(0.005, 6))
+    axes.set(xlabel="seconds to draw 100 images", ylabel="ratio of Frechet distances")
+    axes.set_xticks([0.01, 0.1, 1], ["0.01", "0.1", "1"])
+    axes.set_yticks([1, 10, 100], ["1", "10", "100"])
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
