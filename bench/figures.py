@@ -102,7 +102,7 @@ def speed():
         real = measured[kind_of(script)]["Frechet"]
         point = figures["100 in"], figures["Frechet"] / real
         axes.plot(*point, "o", color=COLORS[script])
-        left = script in ("rnn", "gan")  # their right neighbours are near
+        left = script == "rnn"  # its right neighbour is near
         axes.annotate(script, point, (-7 if left else 7, 0), textcoords="offset points",
                       va="center", ha="right" if left else "left")  # fmt: skip
     axes.axhline(1, color="0.85", zorder=0)
@@ -160,21 +160,15 @@ def fields():
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.8))
     index = torch.arange(784).view(28, 28)
     past = index < index[14, 14]
-    rows, columns = torch.arange(28)[:, None], torch.arange(28)
-    names = ["future", "out of reach", "blind spot", "seen", "X: predicted here"]
-    colors = ["#f0f0f0", "#c9d6e3", "#d9534f", "#4c72b0", "#ffd92f"]
+    names = ["future", "blind spot", "seen", "X: predicted here"]
+    colors = ["#f0f0f0", "#d9534f", "#4c72b0", "#ffd92f"]
     for ax, script in zip(axes, ("pixelcnn", "gatedcnn")):
         torch.manual_seed(0)
         model = importlib.import_module(script).Model()  # any weights will do
-        seen = visible(model)
-        reach = seen.nonzero()
-        top, left = reach[:, 0].min(), reach[:, 1].min()
-        inside = (rows >= top) & (columns >= left) & (columns <= 28 - left)
         kind = torch.zeros(28, 28)
-        kind[past] = 1
-        kind[past & inside & ~seen] = 2
-        kind[seen] = 3
-        kind[14, 14] = 4
+        kind[past] = 1  # from the middle, all that is not blind is within reach
+        kind[visible(model)] = 2
+        kind[14, 14] = 3
         picture = torch.tensor([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in colors])
         ax.imshow(picture[kind.long()] / 255)
         ax.set_xticks([x - 0.5 for x in range(29)], [])
@@ -184,7 +178,7 @@ def fields():
         ax.text(14, 14, "X", ha="center", va="center", fontweight="bold")
         ax.set_title(f"{script}.py")
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors]
-    figure.legend(handles, names, ncols=5, loc="lower center", frameon=False)
+    figure.legend(handles, names, ncols=4, loc="lower center", frameon=False)
     return figure
 
 
