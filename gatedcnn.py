@@ -17,8 +17,8 @@ Idea
   blind spot to the upper right, because one masked convolution does two jobs. It looks at the rows
   above, to both sides, and at the row of the pixel, but there only to the left. In the row of the
   predicted pixel that has to be so. But the same kernel also computes the vectors in the rows
-  above, so these, too, know nothing of what lies to their right in their own row, although it is
-  already known.
+  above, so these, too, know nothing of what lies to their right in their own row, although all of
+  that row comes before the pixel.
   Here each job has a stack of layers of its own. The vertical stack v reads the rows above the
   pixel, to both sides. The horizontal stack h reads the row itself, left of the pixel, and takes in
   the features of v at each layer. h makes the predictions. Nothing goes from h to v, so v never
@@ -49,8 +49,8 @@ Maths
       change, skip = out(mix)
       v <- activate(pair),   h <- h + change
   and finally logits = head(relu(h + sum of the skips of all layers)).
-  Shifts instead of masks. v starts from a copy of the image that is moved down by one row: v at X
-  starts from the pixel above X. Its kernels are k columns wide, k odd, and k // 2 + 1 rows high:
+  Shifts instead of masks. v starts from a copy of the image that is moved down by one row: at X,
+  v's copy holds the pixel above X. Its kernels are k columns wide, k odd, and k // 2 + 1 rows high:
   they read their own row and the rows above, to both sides. That is safe: everywhere in the row of
   X, even to the right of X, v knows only rows above X. h starts from a copy that is moved right by
   one pixel. Its kernels, 1 x (k // 2 + 1), read their own place and those to the left. For example,
@@ -63,13 +63,14 @@ Maths
   v and of 1 x 3 (k = 5) for h. v gets embeddings of row and column, so that a prediction can depend
   on where it is, and h gets a linear function of v. The layers follow, four with k = 5 by default.
   Dilation. The places that the kernel of a layer reads need not be next to each other. Here they
-  are 1, 2, 4 and again 1 pixels apart in the four layers (the kernels drawn above have dilation 1).
-  So the layers together see more than twice as far, at the same cost. Between the places that a
-  layer reads it sees nothing, but the layers before it have already looked there.
+  are 1, 2, 4 and again 1 pixels apart in the four layers (the example above has dilation 1).
+  So the layers together reach twice as far, at the same cost. A layer skips places, but each vector
+  that it reads already holds what earlier layers have seen around it, skipped places included.
   No blind spot. A layer of v reads its own row to both sides, so each layer widens the view even in
   the row just above X. The stem reaches 4 rows up and 3 pixels to either side. The four layers
-  reach 2, 4, 8 and 2 more. So X is predicted from 20 rows above, in each of these up to 19 pixels
-  to either side, and from 19 pixels to its left. Part of that (#):
+  reach k // 2 * dilation = 2, 4, 8 and 2 more, upwards and to either side. So X is predicted from
+  20 rows above, in each of these up to 19 pixels to either side. The stem of h reaches 3 pixels to
+  the left, and the layers again 16 more: 19 pixels in the row of X. Part of that (#):
       # # # # # # # # # # # # # #
       # # # # # # # # # # # # # #
       # # # # # X
@@ -125,9 +126,9 @@ import torch.nn.functional as F
 class GatedBlock(nn.Module):
     """One layer of the vertical stack v and of the horizontal stack h, which receives v's features.
 
-    The places that a kernel of width k reads are dilation pixels apart. So v looks at its own row
-    and at rows up to pad = k // 2 * dilation above, h at its own pixel and at pixels up to pad to
-    its left. Nothing leaks, because the image is first moved down for v, and right for h.
+    The places that a kernel reads are dilation pixels apart. With pad = k // 2 * dilation, v looks
+    at its own row and rows up to pad above, to pad pixels on both sides, h at its own pixel and
+    pixels up to pad to its left. Nothing leaks, as the image was moved down for v, right for h.
     """
 
     def __init__(self, channels, k, dilation):
@@ -145,8 +146,8 @@ class GatedBlock(nn.Module):
         return value.contiguous().tanh() * gate.contiguous().sigmoid()
 
     def forward_v(self, padded_v):
-        """padded_v (B, pad + H, pad + W + pad, C) -> the next v (B, H, W, C), and what the pair,
-        before gating, contributes to h (B, H, W, 2 C)."""
+        """padded_v (B, pad + H, pad + W + pad, C) -> the next v (B, H, W, C), and v's contribution
+        to h, a linear function of the pair before gating (B, H, W, 2 C)."""
         pair = self.vertical(padded_v.movedim(3, 1)).movedim(1, 3)
         return self.activate(pair), self.v_to_h(pair)
 
