@@ -148,11 +148,8 @@ class VAE(nn.Module):
         self.encoder_outer = ResBlock(channels, n_embd)
         self.down = nn.Conv2d(channels, 2 * channels, 2, stride=2)
         self.encoder_inner = ResBlock(2 * channels, n_embd)
-        self.shrink = nn.Sequential(
-            nn.Linear(n_grid, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, 2 * z_dim),  # mu and logvar
-        )
+        to_z = nn.Linear(hidden, 2 * z_dim)  # mu and logvar
+        self.shrink = nn.Sequential(nn.Linear(n_grid, hidden), nn.SiLU(), to_z)
         self.expand = nn.Sequential(nn.Linear(z_dim, hidden), nn.SiLU(), nn.Linear(hidden, n_grid))
         self.decoder_inner = ResBlock(2 * channels, n_embd)
         self.up = nn.ConvTranspose2d(2 * channels, channels, 2, stride=2)
