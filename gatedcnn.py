@@ -216,14 +216,15 @@ class GatedPixelCNN(nn.Module):
 
         from_stem, from_v: what v contributes to this row of h, from its stem and from each block
         """
-        cache = {"v": [], "h": [], "from_stem": None, "from_v": [None] * len(self.blocks)}
         size = self.size
-        weight = self.label.weight  # for its device and dtype
         channels = self.label.embedding_dim
+        weight = self.label.weight  # for its device and dtype
+        cache = {"v": [], "h": [], "from_v": [], "from_stem": None}
         for block in self.blocks:
             pad = block.pad
             cache["v"].append(weight.new_zeros(n, pad + size, pad + size + pad, channels))
             cache["h"].append(weight.new_zeros(n, 1, pad + size, channels))
+            cache["from_v"].append(None)
         return cache
 
     def update_v(self, x, y, r, cache):

@@ -170,7 +170,7 @@ class PixelRNN(nn.Module):
 
     def new_cache(self, n):
         """The (h, c) of each LSTM before the first pixel. None means zeros, whatever n is."""
-        return [None] * len(self.layers)
+        return [None for _ in self.layers]
 
     def logits_at(self, x, y, i, cache):
         """Logits (B,) of pixel i given those before it. Call it for i = 0, 1, 2, ... in turn.
