@@ -1,98 +1,73 @@
-"""VQ-VAE: write an image as 7 x 7 symbols from an alphabet of 64, and learn which symbols go
-together.
+"""VQ-VAE: write an image as 7 x 7 symbols of an alphabet of 64, and learn which go together.
 
-    python vqvae.py
-    # 20 epochs, seed 0: test neg_elbo 92.72; an epoch takes 48 seconds on two CPU cores (bfloat16)
+    python vqvae.py    # 20 epochs, 16 minutes on two CPU cores with bfloat16: test neg_elbo 92.7
 
-Van den Oord et al. 2017, arXiv:1711.00937; restarts of unused vectors: Dhariwal et al. 2020,
-arXiv:2005.00341; a price for codes that are hard to predict (rate, below): Chou, Lookabaugh and
-Gray 1989. Differences from the paper: a transformer as the prior, not a PixelCNN, and trained in
-the same run; that price; a learned offset for each position is added to the encoder's output, and
-the sum is normalised; optional labels; images binarised anew each time they are used (see Shapes);
-the matrices of the prior's blocks, and the kernels of convolutions with as many input as output
-channels, trained by Muon, an optimizer explained in the train section; evaluation with an
-exponential moving average of the weights (EMA).
+Read vae.py first (encoder, decoder, prior, the bound), and transformer.py, whose blocks it uses.
 
 Idea
-  A VAE (see vae.py) describes an image by 32 real numbers, and fixes in advance how such numbers
-  are distributed: the prior. Here the description is 49 symbols from an alphabet of 64, and the
-  prior is learned. Written language works like this: a small alphabet, and rules for which letters
-  follow which.
+  A VAE describes an image by 32 real numbers, and fixes in advance how these are distributed: the
+  prior. Here the description is 49 symbols, and the prior is learned. Written language works like
+  this: a small alphabet, and rules for which letters follow which.
   An encoder turns the image into a vector z_e for each of 7 x 7 positions. Each z_e is replaced by
-  the nearest of 64 learned vectors, which together are the codebook. The index of that vector is
-  the code of the position; the vector itself is called z_q. A decoder rebuilds the image from the
-  z_q alone, so the codes have to keep what matters. The prior is a transformer (the block of
-  transformer.py) that learns to predict each code from those before it, row by row.
-  To sample, draw 49 codes from the prior, one by one, then decode all of them in one pass. So only
-  49 values are drawn in sequence, not 784 as in a model that draws pixel by pixel. Codes drawn
-  uniformly, without the prior, decode to scribbles.
-  The drawbacks: the codes that rebuild an image best are not the easiest to predict, so autoencoder
-  and prior have to be balanced; a small change of z_e hardly ever changes which vector is nearest,
-  so this choice has no useful gradient; and vectors may fall out of use.
+  the nearest of 64 learned vectors, the codebook. The index of that vector is the code of the
+  position; the vector is z_q. A decoder rebuilds the image from the z_q. The prior, a transformer,
+  learns to predict each code from those before it. To sample, draw 49 codes from it one by one,
+  then decode all of them in one pass.
+  Why discrete? The prior can be any model of sequences, so the codes can be distributed in whatever
+  way suits the images, where a VAE must squeeze them into the shape of noise. Samples come closer
+  to real digits, and other models can read and write codes.
+  The drawbacks: the codes that rebuild an image best are not the easiest to predict, the choice of
+  the nearest vector has no useful gradient, and vectors may fall out of use.
+
+      x --> encoder --> z_e --> nearest --> codes --> z_q --> decoder --> logits of x
+                         ^         ^          |        |                     |
+                         |      codebook    prior      |                     |
+                         +-----------------------------+ straight-through <--+ recon
+
+      (A digit, its codes, and what each code looks like: assets/codes.png.)
 
 Maths
-  The decoder defines p(x | codes), the prior p(codes). Any of the 64^49 grids of codes could have
-  produced an image:
-      p(x) = sum over all grids of p(x | codes) p(codes)  >=  p(x | codes) p(codes)  for any grid,
-  as no term of the sum is negative. So with the codes that the encoder chooses
-      log p(x) >= log p(x | codes) + log p(codes) = -(recon + prior) = -neg_elbo,
-      recon = -sum_i log p(x_i | codes)   with p(x_i = 1 | codes) = sigmoid(logits_i) for pixel i,
-      prior = -sum_i log p(codes_i | codes_<i)   for position i.
-  What is minimised has three more terms, which are not part of the bound. (sg, stop gradient,
-  treats its argument as a constant; |.|^2 sums over all positions.)
-      loss = recon + |sg(z_e) - z_q|^2 + beta |z_e - sg(z_q)|^2 + prior + rate_weight * rate
-  recon trains the decoder and the encoder. As the choice of the nearest vector has no useful
-  gradient, the gradient of recon with respect to z_q is handed to z_e unchanged (straight-through):
-  the encoder is trained as if the decoder had seen z_e itself. That is reasonable while z_e and z_q
-  are close; the commitment term, below, keeps them close.
-  |sg(z_e) - z_q|^2 trains the codebook: each vector moves towards the mean of the z_e that chose
-  it.
-  |z_e - sg(z_q)|^2, the commitment, trains the encoder to stay near the vectors that it chooses.
-  prior trains the transformer alone, as no gradient leads from the codes to the encoder.
-  rate supplies what is missing: a gradient that tells the encoder which codes are predictable.
-  Without it, the encoder would use whatever codes rebuild the image best, however hard they are to
-  predict: up to 49 log 64 = 204 nats. Code k at position i costs -log p(k | codes_<i) nats. The
-  choice of the nearest vector cannot be differentiated, so for this term alone we imagine a soft
-  one: vector e_k is chosen with a probability that falls with its distance from z_e at position i.
-  The expected cost of that,
-      rate_i = -sum_k softmax_k(-|z_e_i - sg(e_k)|^2) sg(log p(k | codes_<i)),  rate = sum_i rate_i,
-  has a gradient with respect to z_e. It moves z_e towards vectors whose codes the prior expects,
-  wherever two vectors are about equally near. (Chou et al. add the price to the distance when they
-  choose the vector; here the nearest is chosen, and the price only trains the encoder. rate ignores
-  how a code affects the prediction of the codes after it. With rate_weight = 1 it would be a soft
-  copy of prior; less leaves recon more say.)
-  Restarts. A vector that is never the nearest gets no gradient and stays useless. So a vector whose
-  use (a running average over about 100 batches) is below 0.02 times that of the average vector is
-  moved onto one of the z_e of the batch. At the start, all vectors are placed in this way.
+  Any of the 64^49 grids of codes could have produced an image, so
+      p(x) = sum over all grids of p(x | codes) p(codes) >= p(x | codes) p(codes) for any one.
+  With the codes that the encoder chooses, -log p(x) is at most neg_elbo = recon + prior, where
+      recon = -sum_i log p(x_i | codes),          p(x_i = 1 | codes) = sigmoid(logits_i)
+      prior = -sum_i log p(codes_i | codes_<i)    for position i, by the transformer
+  The loss has three more terms (sg stops the gradient; |.|^2 sums over positions):
+      loss = recon + prior + |sg(z_e) - z_q|^2 + beta |z_e - sg(z_q)|^2 + rate_weight * rate
+      term               trains           how
+      recon              decoder          to rebuild x from z_q
+                         encoder          the gradient at z_q is copied to z_e (straight-through)
+      prior              transformer      to predict the codes; no gradient reaches the encoder
+      |sg(z_e) - z_q|^2  codebook         `codebook_loss`: vectors move to the z_e that chose them
+      |z_e - sg(z_q)|^2  encoder          `commit`: to stay near the vectors it chooses
+      rate               encoder          to prefer codes that the prior expects
+  Why rate? Without it, the encoder would use whatever codes rebuild the image best, however hard
+  they are to predict: up to 49 log 64 = 204 nats. Code k at position i costs -log p(k | codes_<i).
+  For this term alone, imagine that vector e_k is chosen with a probability that falls with its
+  distance, and take the expected cost:
+      rate = -sum_i sum_k softmax_k(-|z_e_i - sg(e_k)|^2) sg(log p(k | codes_<i))
+  Say two vectors have squared distances 1.0 and 1.2, and cost 0.5 and 4 nats. They are chosen with
+  probability 0.55 and 0.45: an expected 2.1 nats. The gradient pulls z_e towards the cheap one.
   Sampling. 49 steps of the transformer, with a cache of keys and values, then one pass of the
-  decoder. The images shown are the probabilities of the pixels.
-  Labels. With --class-cond, an embedding of the label is added to each token, the vector with which
-  the transformer starts at a position. In training, a label is replaced with probability 1/10 by
-  "no label", which has an embedding of its own. If the argument guidance of sample() is above 1, it
-  exaggerates what the label adds to the logits of the next code (classifier-free guidance, Ho and
-  Salimans 2022, arXiv:2207.12598):
-      logits <- logits(no label) + guidance * (logits(label) - logits(no label))
-
-Shapes
-  x (B, 1, 28, 28), images of handwritten digits (MNIST): loss() takes grey levels, from 0 (black)
-  to 1 (white), but the networks see binary pixels. A grey level of 0.7 becomes 1 with probability
-  0.7, drawn anew each time an image is used (dynamic binarisation). z_e, z_q (B, 49, code_dim);
-  codes (B, 49), integers. size: a multiple of 4, as the grid of codes has size / 4 positions per
-  side.
+  decoder, whose probabilities are shown as grey levels: 0.05 seconds for 100 images.
 
 What to expect
-  recon, prior and neg_elbo are in nats per image: summed over pixels or codes, averaged over
-  images. (ELBO is short for evidence lower bound, the right-hand side of the inequality above.) The
-  train loss in the log is the whole loss, with all five terms, and far larger. commit is the
-  squared distance |z_e - z_q|^2 of an image, summed over positions; it may grow slowly, because the
-  other terms move z_e, too. perplexity is the effective number of codes in use, exp of the entropy
-  of their shares in a batch: 64 if all are used equally often, 1 if only one is. Below about 10,
-  most of the codebook is hardly used. With its defaults, this script reaches neg_elbo 92.72 (recon
-  60.0, prior 32.7), with a perplexity of 50. For comparison, vae.py rebuilds images about as well
-  (recon 60.4) from a code that costs 26 nats.
+  neg_elbo 92.7 = recon 60.0 + prior 32.7 nats per image. The train loss in the log has all five
+  terms. perplexity, the exp of the entropy of the codes' shares, is the effective number of codes
+  in use: 50 of 64 here. Below 10, most of the codebook is not used.
+
+Differences from the paper (van den Oord et al. 2017, arXiv:1711.00937)
+  - a transformer as the prior, not a PixelCNN, trained in the same run
+  - rate (the price of a code: Chou, Lookabaugh and Gray 1989)
+  - restarts of unused vectors (Dhariwal et al. 2020, arXiv:2005.00341)
+  - a learned offset for each position is added to the encoder's output, and the sum is normalised
+  - with --class-cond, an embedding of the label is added to the prior's tokens: p(codes | label)
+  - images binarised as in vae.py; some matrices and kernels trained by Muon, which the recipe
+    explains
 """
 
 import argparse
+import copy
 import csv
 import inspect
 import io
@@ -170,18 +145,14 @@ class VQVAE(nn.Module):
         beta=0.25,
         rate_weight=0.5,
         size=28,
-        n_classes=10,
+        n_classes=0,
     ):
         super().__init__()
-        if min(channels, n_embd, n_head) < 1 or n_codes < 2:
-            raise ValueError("channels, n_embd, n_head must be >= 1, n_codes >= 2")
+        if min(channels, n_codes) < 1:
+            raise ValueError("channels and n_codes must be at least 1")
         if code_dim < 3:
-            raise ValueError("code_dim must be >= 3: two numbers, normalised, are always 1 and -1")
-        if min(n_layer, n_classes) < 0 or not (
-            0 <= beta < math.inf and 0 <= rate_weight < math.inf
-        ):
-            raise ValueError("n_layer, n_classes, beta and rate_weight must be finite and >= 0")
-        if n_embd % n_head != 0 or n_embd == n_head:
+            raise ValueError("code_dim must be at least 3: two numbers, normalised, are 1 and -1")
+        if n_head < 1 or n_embd <= n_head or n_embd % n_head != 0:
             raise ValueError("n_embd must be a multiple of n_head, and larger")
         if size < 4 or size % 4 != 0:
             raise ValueError(f"size must be a multiple of 4, not {size}")
@@ -221,23 +192,15 @@ class VQVAE(nn.Module):
         # position to position, and many codes are in use from the start. As the encoder's output
         # grows in training, the image decides more and more.
         self.offset = nn.Parameter(10 * torch.randn(self.side**2, code_dim))
-        self.codebook = nn.Parameter(torch.zeros(n_codes, code_dim))  # the first batch will fill it
-        # How often each vector is used, where 1 is the average. In the first batch all vectors are
-        # equal, and one of them is chosen for every z_e. Usage starts so low that the first restart
-        # finds even this one below 0.02, and places them all.
-        self.register_buffer("usage", torch.full((n_codes,), -float(n_codes)))
-        self.label = nn.Embedding(n_classes + 1, n_embd)  # the last entry is "no label"
-        nn.init.zeros_(self.label.weight)  # at first labels change nothing
+        self.codebook = nn.Parameter(torch.randn(n_codes, code_dim))
+        self.register_buffer("usage", torch.ones(n_codes))  # of each vector; 1 is the average
         self.token = nn.Embedding(n_codes + 1, n_embd)  # the last entry is "no code yet"
         self.pos_emb = nn.Parameter(0.02 * torch.randn(self.side**2, n_embd))
         self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))
         self.head = nn.Linear(n_embd, n_codes)
-
-    def embed(self, x, y):
-        """A vector for each label in y (B,), or for "no label" if y is None, with B = len(x)."""
-        if y is None:
-            y = torch.full((len(x),), self.n_classes, device=x.device)
-        return self.label(y)
+        if n_classes > 0:
+            self.label = nn.Embedding(n_classes, n_embd)
+            nn.init.zeros_(self.label.weight)  # at first labels change nothing
 
     def encode(self, x):
         """x (B, 1, H, W) in {0, 1} -> z_e (B, 49, code_dim), vectors of mean 0 and variance 1."""
@@ -247,6 +210,10 @@ class VQVAE(nn.Module):
     def distance(self, z_e):
         """z_e (B, 49, code_dim) -> |z_e - e|^2 for each e of the codebook (B, 49, n_codes)."""
         return torch.cdist(z_e, self.codebook.detach()).square()
+
+    def quantise(self, z_e):
+        """z_e (B, 49, code_dim) -> codes (B, 49): the index of the nearest e of the codebook."""
+        return self.distance(z_e).argmin(2)
 
     def decode(self, z_q):
         """z_q (B, 49, code_dim) -> logits (B, 1, H, W) of p(x | codes)."""
@@ -259,9 +226,8 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def restart(self, z_e):
         """Move each rarely used vector of the codebook onto one of the z_e (B, 49, code_dim)."""
-        codes = self.distance(z_e).argmin(2)
         # a running average: an unused vector falls from 1 to 0.02 in about 390 batches
-        self.usage.lerp_(self.usage_of(codes) * self.n_codes, 0.01)
+        self.usage.lerp_(self.usage_of(self.quantise(z_e)) * self.n_codes, 0.01)
         dead = self.usage < 0.02  # (n_codes,)
         z_e = z_e.flatten(0, 1)  # (49 B, code_dim)
         # A candidate for every vector, though only the dead take theirs: to draw as many as are
@@ -277,7 +243,10 @@ class VQVAE(nn.Module):
         """
         # moved right by one: "no code yet" comes first, the last code drops out
         before = F.pad(codes, (1, -1), value=self.n_codes)[:, start:end]
-        return self.token(before) + self.pos_emb[start:end] + self.embed(codes, y)[:, None]
+        tokens = self.token(before) + self.pos_emb[start:end]
+        if y is not None:
+            tokens = tokens + self.label(y)[:, None]
+        return tokens
 
     def prior(self, codes, y=None):
         """codes (B, 49) -> logits (B, 49, n_codes) of each code, given those before it."""
@@ -287,10 +256,9 @@ class VQVAE(nn.Module):
         return self.head(F.layer_norm(h, h.shape[-1:])).float()
 
     def new_cache(self, n):
-        """Room for the keys and values of all tokens in each block."""
-        head_size = self.n_embd // self.n_head
-        shape = (len(self.blocks), 2, n, self.n_head, self.side**2, head_size)
-        return self.label.weight.new_zeros(shape)
+        """For each block, room for the keys and values of all tokens of n images."""
+        shape = (2, n, self.n_head, self.side**2, self.n_embd // self.n_head)
+        return [torch.zeros(shape, device=self.head.weight.device) for _ in self.blocks]
 
     def logits_at(self, codes, y, i, cache):
         """Logits (B, n_codes) of code i, given those before it. Adds keys and values to cache."""
@@ -299,42 +267,28 @@ class VQVAE(nn.Module):
             h = block(h, block_cache, i)
         return self.head(F.layer_norm(h, h.shape[-1:]))[:, 0].float()
 
-    def forward(self, x, y=None):
-        """x in {0, 1} -> z_e (B, 49, code_dim), codes (B, 49), squared distances of each z_e to all
-        vectors (B, 49, n_codes), logits of x, logits of the codes by the prior.
-
-        In training, it first encodes x, then restarts vectors that are hardly used (which changes
-        the codebook), and then chooses the codes.
-        """
-        z_e = self.encode(x)
-        if self.training:
-            self.restart(z_e)
-        distance = self.distance(z_e)
-        codes = distance.argmin(2)
-        z = z_e + (self.codebook[codes] - z_e).detach()  # equals z_q; its gradient goes to z_e
-        return z_e, codes, distance, self.decode(z), self.prior(codes, y)
-
-    def hidden_weights(self):
-        """The weights that Muon trains: the matrices in the prior's blocks, and the convolutions of
-        encoder and decoder that have equal numbers of input and output channels."""
-        convolutions = []
-        for layer in [*self.encoder, *self.decoder]:
-            if isinstance(layer, nn.Conv2d) and layer.in_channels == layer.out_channels:
-                convolutions += [layer.weight]
-        return convolutions + [weight for weight in self.blocks.parameters() if weight.ndim > 1]
+    def forward(self, z_e, y=None):
+        """What follows the encoder: z_e (B, 49, code_dim) -> codes (B, 49), z_q like z_e, logits of
+        x (B, 1, H, W), logits of the codes by the prior (B, 49, n_codes)."""
+        codes = self.quantise(z_e)
+        # like codebook[codes], but on a CPU its gradient is summed in the same order each time, so
+        # that a run can be repeated exactly
+        z_q = F.embedding(codes, self.codebook)
+        straight_through = z_e + (z_q - z_e).detach()  # value of z_q; its gradient goes to z_e
+        return codes, z_q, self.decode(straight_through), self.prior(codes, y)
 
     def loss(self, x, y=None):
         """x (B, 1, H, W) in [0, 1], y (B,) or None -> the loss of the header; metrics."""
-        self.check(x, y)
+        if x.shape[1:] != (1, self.size, self.size):
+            raise ValueError(f"x must be (B, 1, {self.size}, {self.size}), not {tuple(x.shape)}")
+        self.check_labels(len(x), y)
         x = torch.bernoulli(x)
-        if y is not None and self.training:  # hide 1 label in 10, to learn p(x) as well
-            y = torch.where(torch.rand(len(y), device=y.device) < 0.1, self.n_classes, y)
-        z_e, codes, distance, logits, code_logits = self(x, y)
+        z_e = self.encode(x)  # (B, 49, code_dim)
+        if self.training:
+            self.restart(z_e)
+        codes, z_q, logits, code_logits = self(z_e, y)
         # recon = -log p(x | codes)
         recon = F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
-        # like codebook[codes], but on a CPU its gradient is summed in the same order each time, so
-        # that a run can be repeated exactly
-        z_q = F.embedding(codes, self.codebook)  # (B, 49, code_dim)
         # codebook_loss = |sg(z_e) - z_q|^2, commit = |z_e - sg(z_q)|^2, where sg stops the
         # gradient: equal in value, but one moves the vectors, the other moves the encoder
         codebook_loss = (z_e.detach() - z_q).square().sum() / len(x)
@@ -343,44 +297,38 @@ class VQVAE(nn.Module):
         prior = F.cross_entropy(code_logits.transpose(1, 2), codes, reduction="sum") / len(x)
         # what codes whose vectors are near z_e cost under the prior, for the encoder to learn:
         # rate = -sum_i sum_k softmax_k(-|z_e_i - sg(e_k)|^2) sg(log p(k | codes_<i))
-        choice = (-distance).softmax(2)
+        choice = (-self.distance(z_e)).softmax(2)
         rate = -(choice * code_logits.detach().log_softmax(2)).sum() / len(x)
         loss = recon + codebook_loss + self.beta * commit + prior + self.rate_weight * rate
         # perplexity = exp(-sum_k p_k log p_k), where p_k is the share of code k
         perplexity = torch.special.entr(self.usage_of(codes)).sum().exp()
-        metrics = {"neg_elbo": recon + prior, "recon": recon, "prior": prior}
-        return loss, {**metrics, "commit": commit, "perplexity": perplexity}
+        metrics = {"neg_elbo": recon + prior, "recon": recon, "prior": prior, "commit": commit}
+        metrics["perplexity"] = perplexity
+        return loss, {name: value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()
-    def sample(self, n, y=None, top=None, guidance=1.0):
+    def sample(self, n, y=None, top=None):
         """Draw codes from the prior and decode them -> (n, 1, H, W), the probabilities of pixels.
 
-        y:        (n,) labels, or None
-        top:      (n, k) the first k codes, or None to draw them as well
-        guidance: 0 ignores y, 1 draws from p(codes | y), above 1 exaggerates what y adds
+        y:   (n,) labels, or None
+        top: (n, k) the first k codes, or None to draw them as well
         """
-        codes = torch.zeros(n, self.side**2, dtype=torch.int64, device=self.label.weight.device)
+        self.check_labels(n, y)
+        codes = torch.zeros(n, self.side**2, dtype=torch.int64, device=self.head.weight.device)
         n_given = 0
         if top is not None:
             codes[:, : top.shape[1]] = top
             n_given = top.shape[1]
-        guided = y is not None and guidance != 1
         cache = self.new_cache(n)
-        if guided:
-            uncond_cache = self.new_cache(n)
         for i in range(self.side**2):
-            # also for given codes: it fills the cache, which later codes read
             logits = self.logits_at(codes, y, i, cache)  # (n, n_codes)
-            if guided:
-                uncond = self.logits_at(codes, None, i, uncond_cache)
-                logits = uncond + guidance * (logits - uncond)
             if i >= n_given:
                 codes[:, i] = logits.softmax(1).multinomial(1)[:, 0]
         return self.decode(self.codebook[codes]).sigmoid()
 
     @torch.no_grad()
-    def pictures(self, x):
-        """x (N, 1, H, W) images -> {name: pictures}:
+    def pictures(self, x, y=None):
+        """x (N, 1, H, W) images, y (N,) or None -> {name: pictures}:
 
         reconstruction  (3 N, 1, H, W): in turn, a row of ten images, one of their codes as greys,
                         and one of what these decode to
@@ -391,8 +339,9 @@ class VQVAE(nn.Module):
         """
         x = torch.bernoulli(x)
         side = self.side
-        z_e, codes, _, logits, _ = self(x)
-        maps = codes.view(-1, 1, side, side) / (self.n_codes - 1)
+        z_e = self.encode(x)
+        codes, _, logits, _ = self(z_e, y)
+        maps = codes.view(-1, 1, side, side) / self.n_codes
         maps = F.interpolate(maps, scale_factor=4)  # as large as x
         reconstruction = []
         for strips in zip(x.split(10), maps.split(10), logits.sigmoid().split(10)):
@@ -402,94 +351,64 @@ class VQVAE(nn.Module):
         upper = maps[:10].clone()
         upper[:, :, 4 * n_rows :] = 0.5  # grey: not given
         top = codes[:10, : n_rows * side].repeat(4, 1)
-        completion = torch.cat([x[:10], upper, self.sample(len(top), top=top)])
+        if y is not None:
+            y = y[:10].repeat(4)
+        completion = torch.cat([x[:10], upper, self.sample(len(top), y, top)])
 
         a = z_e[:, None]  # (N, 1, 49, code_dim)
         b = z_e.roll(-1, 0)[:, None]  # the next
         w = torch.linspace(0, 1, 10, device=x.device)[:, None, None]
         z_e = (a + (b - a) * w).flatten(0, 1)  # (N, 10, 49, code_dim) -> (10 N, 49, code_dim)
-        z_q = self.codebook[self.distance(z_e).argmin(2)]
+        z_q = self.codebook[self.quantise(z_e)]
         return {
             "reconstruction": torch.cat(reconstruction),
             "completion": completion,
             "interpolation": self.decode(z_q).sigmoid(),
         }
 
-    checked = False  # becomes True once check has read the values of a batch
-
-    def check(self, x, y):
-        """Raise ValueError unless x (B, 1, size, size) lies in [0, 1] and y (B,) holds labels.
-
-        Reading values means waiting for the GPU. So on a GPU, values are checked in the first batch
-        only; shapes and types always.
-        """
-        shape = (len(x), 1, self.size, self.size)
-        if len(x) == 0:
-            raise ValueError("x holds no images")
-        if x.shape != shape or not x.is_floating_point():
-            raise ValueError(f"x must be {shape} float, not {tuple(x.shape)} {x.dtype}")
-        if y is not None and (y.shape != x.shape[:1] or y.dtype != torch.int64):
-            raise ValueError(f"y must be ({len(x)},) int64, not {tuple(y.shape)} {y.dtype}")
-        if self.checked and x.device.type != "cpu":
-            return
-        if not (x.min() >= 0 and x.max() <= 1):  # NaN fails, too
-            raise ValueError("x must lie in [0, 1]")
-        if y is not None and not (y.min() >= 0 and y.max() <= self.n_classes):
-            raise ValueError(f"y must lie in 0..{self.n_classes}, where the last means no label")
-        self.checked = True
+    def check_labels(self, n, y):
+        """Raise ValueError unless y holds n labels, or is None in a model without labels."""
+        n_labels = 0 if y is None else len(y)
+        expected = n if self.n_classes > 0 else 0
+        if n_labels != expected:
+            raise ValueError(f"n_classes is {self.n_classes}: y must hold {expected} labels")
 
 
-# ---------------------------------------------------------------- train
-# This section is the same text in all ten scripts, except for these constants and, in gan.py,
-# make_optimizers and train_step. Start reading at train_step.
-NAME = "vqvae"  # of the folder in out/; saved in checkpoints, so that others are refused
+# ---------------------------------------------------------------- recipe
+NAME = "vqvae"  # of the folder in out/, and in checkpoints
 Model = VQVAE
 EPOCHS = 20
 BATCH_SIZE = 64
 LR = 1e-2
 
 
-def learning_rate(step, total_steps, peak):
-    """The rate at a step: it rises to the peak over the first 2 %, then falls linearly to 0.
-
-    step: from 1 to total_steps; 0 would be reached at total_steps + 1
-    """
-    warmup = max(1, round(0.02 * total_steps))
-    if step <= warmup:
-        return peak * step / warmup
-    return peak * (total_steps + 1 - step) / (total_steps + 1 - warmup)
-
-
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for a network's hidden matrices (Jordan et al. 2024).
 
-    The gradient of a matrix is dominated by a few singular directions. Plain momentum moves the
-    weights along these, and hardly along the others; Muon moves them along all at about the same
-    speed. The weight of a convolution (out, in, h, w) counts as the matrix (out, in h w).
+    The gradient of a matrix is dominated by a few directions, and plain momentum hardly moves along
+    the others, although what they could teach counts as much. Muon moves along all directions at
+    about the same speed. A kernel (out, in, h, w) counts as the matrix (out, in h w).
     """
 
-    def __init__(self, weights):
-        # one group for all weights of a shape: a few large operations instead of many small ones
-        groups_by_shape = {}
+    def __init__(self, weights, lr):
+        groups = {}  # by shape: a few large operations instead of many small ones
         for weight in weights:
-            groups_by_shape.setdefault(weight.shape, []).append(weight)
-        param_groups = [{"params": group} for group in groups_by_shape.values()]
-        super().__init__(param_groups, defaults={"lr": 0.0})  # train_epoch sets the rate
+            groups.setdefault(weight.shape, []).append(weight)
+        super().__init__([{"params": group} for group in groups.values()], {"lr": lr})
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             weights = group["params"]
             grads = torch.stack([weight.grad for weight in weights]).flatten(2)  # (K, M, N)
-            state = self.state[weights[0]]  # the first weight keeps the state of its whole group
+            state = self.state[weights[0]]  # of the whole group
             if not state:
-                state["mean"] = torch.zeros_like(grads)
-            mean = state["mean"]
-            mean.lerp_(grads, 0.05)  # mean <- 0.95 mean + 0.05 grads
-            nesterov = grads.lerp(mean, 0.95)  # 0.95 mean + 0.05 grads again, with the new mean
-            updates = orthogonalise(nesterov)
-            for weight, update in zip(weights, updates):
-                weight.sub_(update.reshape(weight.shape), alpha=group["lr"])
+                state["momentum"] = torch.zeros_like(grads)
+            momentum = state["momentum"]
+            momentum.lerp_(grads, 0.05)  # 0.95 momentum + 0.05 grads
+            nesterov = grads.lerp(momentum, 0.95)  # the same again, with the new momentum
+            for weight, update in zip(weights, orthogonalise(nesterov)):
+                weight.sub_(update.view_as(weight), alpha=group["lr"])
 
 
 def orthogonalise(x):
@@ -511,25 +430,30 @@ def orthogonalise(x):
     c = 2.0315
     for _ in range(5):
         xxt = x @ x.mT
-        x = a * x + (b * xxt + (c * xxt) @ xxt) @ x
+        x = a * x + (b * xxt + c * xxt @ xxt) @ x
     if is_tall:
         x = x.mT
     return scale * x
 
 
-def make_optimizers(model):
-    """Muon for the matrices that the model names, AdamW for all other weights.
-
-    train_epoch sets their learning rates.
-    """
-    hidden = model.hidden_weights()
-    hidden_ids = {id(weight) for weight in hidden}
-    others = [weight for weight in model.parameters() if id(weight) not in hidden_ids]
-    adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    optimizers = [adamw]
-    if hidden:
-        optimizers.append(Muon(hidden))
-    return optimizers
+def make_optimizers(model, lr):
+    """Muon for the matrices in the blocks and for the kernels of convolutions with equal numbers of
+    input and output channels, AdamW for all other weights."""
+    in_blocks = set(model.blocks.parameters())
+    for layer in [*model.encoder, *model.decoder]:
+        if isinstance(layer, nn.Conv2d) and layer.in_channels == layer.out_channels:
+            in_blocks.add(layer.weight)
+    matrices = []
+    others = []
+    for weight in model.parameters():
+        if not weight.requires_grad:  # frozen
+            continue
+        if weight in in_blocks and weight.ndim > 1:
+            matrices.append(weight)
+        else:
+            others.append(weight)
+    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    return [adamw, Muon(matrices, lr)]
 
 
 def train_step(model, optimizers, autocast, x, y):
@@ -542,393 +466,142 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # If the norm of the gradient is above 1, scale it down to 1. In the scripts whose loss is a sum
-    # over pixels, it is always far above. So all steps get the norm 1, and none dominates the
-    # optimizers' averages.
+    # scale a longer gradient down to norm 1, so that no step dominates the optimizers' averages
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
     return loss.detach()
 
 
-@torch.no_grad()
-def update_ema(ema, model, step):
-    """Move the weights of ema, an exponential moving average, a little towards those of the model.
+# ---------------------------------------------------------------- train
+# The same text in all ten scripts. You can stop reading after main; its helpers follow.
+def main(argv=None):
+    """Train, or with --sample only draw. argv: a list of flags; None: those of the command line."""
+    args, checkpoint = parse_args(argv)
+    # imported here, so that the model can be copied and imported alone
+    from common import load_mnist, save_images
 
-    Its half-life is 5 % of the steps so far: short at first, when the weights move fast, and
-    longer later. step: counted from 1
-    """
-    half_life = 0.05 * step
-    decay = 0.5 ** (1 / half_life)
-    for average, weight in zip(ema.parameters(), model.parameters()):
-        average.lerp_(weight, 1 - decay)  # decay * average + (1 - decay) * weight
-    for average, buffer in zip(ema.buffers(), model.buffers()):
-        average.copy_(buffer)
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
 
+    if args.sample:
+        model = Model(**checkpoint["config"]).eval()
+        model.load_state_dict(checkpoint["model"])
+        model.to(args.device, memory_format=torch.channels_last)
+        samples = draw_samples(model, args.sample, args)
+        save_images(samples, args.out_dir / "samples.npy")
+        save_images(samples[:100], args.out_dir / "samples.png")
+        epochs = len(checkpoint["log"]) if "log" in checkpoint else "an unknown number of"
+        print(f"{args.out_dir}: samples.npy and samples.png, drawn after {epochs} epochs")
+        return
 
-def train_epoch(epoch, args, model, ema, optimizers, images, labels):
-    """Train for one epoch on uint8 images (N, 1, H, W), labels (N,) or None, in random order.
+    path = args.out_dir / "model.pt"
+    if path.exists() and not args.resume and not args.dry_run:
+        sys.exit(f"{args.out_dir} holds a run: --resume it, or choose another --out-dir")
 
-    Images left over after the last full batch are skipped. Returns the mean loss and the seconds
-    taken.
-    """
-    set_seed(args.seed, epoch)  # the same order and noise, whether the run was resumed or not
-    order = torch.randperm(len(images)).to(images.device)
-    steps = len(images) // args.batch_size
-    total_steps = args.epochs * steps
-    autocast = bfloat16_autocast(args.device)
-    is_terminal = os.isatty(1)  # 1 is standard output
-    loss_sum = 0
-    start = time.time()
-    last_shown = start
-    for i in range(steps):
-        step = (epoch - 1) * steps + i + 1  # counted from the first epoch
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total_steps, args.lr)
-
-        idx = order[i * args.batch_size : (i + 1) * args.batch_size]
-        x = images[idx] / 255
-        y = None if labels is None else labels[idx]
-        loss = train_step(model, optimizers, autocast, x, y)
-        update_ema(ema, model, step)
-        loss_sum += loss
-
-        # on a terminal, at most once a second, because reading the loss waits for the GPU
-        if is_terminal and time.time() > last_shown + 1:
-            loss_now = float(loss)
-            last_shown = time.time()
-            seconds_per_step = (last_shown - start) / (i + 1)
-            speed = args.batch_size / seconds_per_step
-            seconds_left = seconds_per_step * (total_steps - step)
-            line = (
-                f"step {step}/{total_steps} | loss {loss_now:.4g} | {speed:,.0f} img/s | "
-                f"{seconds_left:.0f} s left"
-            )
-            print(f"{line:<79}", end="\r", flush=True)  # padded, to overwrite a longer line
-    mean_loss = float(loss_sum) / steps  # float() waits for the GPU to finish
-    return mean_loss, time.time() - start
-
-
-def evaluate(loss_fn, images, autocast, batch_size=500):
-    """Average each metric of loss_fn(x) over all uint8 images (N, 1, H, W) -> {name: mean}.
-
-    loss_fn gets no labels, so that runs with and without labels can be compared. Each batch has a
-    fixed seed, so that every call sees the same noise. There is no torch.no_grad() here, because
-    the loss of gan.py computes a gradient; the weights of ema require no gradients, so no graph is
-    kept for them.
-    """
-    means = {}
-    for i, batch in enumerate(images.split(batch_size)):
-        torch.manual_seed(i)
-        with autocast:
-            _, metrics = loss_fn(batch / 255)
-        for name, value in metrics.items():
-            means[name] = means.get(name, 0) + float(value) * len(batch) / len(images)
-    return means
-
-
-def draw_samples(model, n, args, chunk=500):
-    """Draw n images (n, 1, H, W) in [0, 1], the same each time for the same seed and n.
-
-    With --class-cond, the labels are 0, 1, 2, ... in turn.
-
-    chunk: images drawn at a time, to limit memory
-    """
-    set_seed(args.seed)
-    samples = []
-    for start in range(0, n, chunk):
-        idx = torch.arange(start, min(start + chunk, n), device=args.device)
-        y = idx % model.n_classes if args.class_cond else None
-        samples.append(model.sample(len(idx), y))
-    return torch.cat(samples)
-
-
-def set_seed(seed, epoch=0):
-    """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
-    # seeds do not share numbers, up to a million epochs; % keeps to torch's range
-    torch.manual_seed((1_000_003 * seed + epoch) % 2**32)
-
-
-def bfloat16_autocast(device):
-    """A context in which convolutions and matrix products use bfloat16 if the hardware can."""
-    supported = False
-    if device == "cuda":
-        supported = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older versions lack it
-        supported = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.autocast(device, torch.bfloat16, enabled=supported)
-
-
-def make_checkpoint(args, config, model, ema, optimizers, log):
-    """Everything needed to draw samples (config and model) and to resume training."""
-    settings = ("epochs", "batch_size", "lr", "seed", "dataset")
-    return {
-        "script": NAME,
-        "config": config,
-        "settings": {name: getattr(args, name) for name in settings},
-        "model": ema.state_dict(),  # the averaged weights, which samples are drawn from
-        "model_in_training": model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "log": log,
-    }
-
-
-def save_checkpoint(checkpoint, path, new=False):
-    """Write the file atomically, so that neither a kill nor a full disk leaves half of it.
-
-    new: raise FileExistsError if there is one already
-    """
-    # first into memory: on a full disk, torch.save raises a RuntimeError, not an OSError
-    data = io.BytesIO()
-    torch.save(checkpoint, data)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data.getvalue())
-        if new:
-            path.touch(exist_ok=False)  # raises if the file exists; os.replace would overwrite it
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def load_checkpoint(path, resume):
-    """Load a dictionary made by make_checkpoint; to draw samples, config and model are enough."""
-    needed = {"config", "model"}
-    if resume:
-        needed |= {"settings", "model_in_training", "optimizers", "log"}
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint.get("script", NAME) != NAME:
-            raise ValueError(f"it was written by {checkpoint['script']}.py")
-        missing = needed - checkpoint.keys()
-        if missing:
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
-        model = Model(**checkpoint["config"])
-        model.load_state_dict(checkpoint["model"])  # raises an error if they do not fit
-        # a config made by hand may leave sizes to their defaults
-        sizes = {**size_defaults(), "size": model.size, "n_classes": model.n_classes}
-        checkpoint["config"] = {**sizes, **checkpoint["config"]}
-    except Exception as error:  # a missing, damaged or foreign file can raise anything
-        reason = " ".join(str(error).split())  # on one line
-        if not reason:
-            reason = type(error).__name__
-        fail(f"cannot load {path}: {reason}")
-    return checkpoint
-
-
-def fail(message):
-    """Exit with status 1 and one line on stderr."""
-    sys.exit(f"{NAME}.py: error: {message}")
-
-
-def to_flag(name):
-    """n_layer -> --n-layer"""
-    return "--" + name.replace("_", "-")
-
-
-def size_defaults():
-    """{name: default} of the model's sizes, except size and n_classes, which the data decide."""
-    parameters = inspect.signature(Model).parameters.values()
-    return {p.name: p.default for p in parameters if p.name not in ("size", "n_classes")}
-
-
-def make_parser():
-    """Define the flags: first those that all ten scripts share, then the sizes of this model."""
-    devices = ["cpu"]
-    if torch.backends.mps.is_available():
-        devices.append("mps")
-    if torch.cuda.is_available():
-        devices.append("cuda")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    datasets = ["MNIST", "FashionMNIST", "KMNIST"]
-
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=f"Train {Model.__name__}, or draw samples from it."
-    )
-    add = parser.add_argument
-    add("--epochs", type=int, default=EPOCHS, help="passes over the images (default %(default)s)")
-    add("--batch-size", type=int, default=BATCH_SIZE, help="images per step (default %(default)s)")
-    add("--lr", type=float, default=LR, help="peak learning rate (default %(default)s)")
-    add("--seed", type=int, default=0, help="random seed (default %(default)s)")
-    add("--device", choices=devices, default=device, help="device to run on (default %(default)s)")
-    add("--dataset", choices=datasets, default="MNIST", help="(default %(default)s)")
-    add("--data-dir", type=Path, help="folder of the data sets (default: data, beside common.py)")
-    add("--out-dir", type=Path, default=Path("out", NAME), help="for output (default %(default)s)")
-    add("--class-cond", action="store_true", help="learn labels; grids have one column per class")
-    add("--compile", action="store_true", help="torch.compile: slow to start, may speed up steps")
-    add("--dry-run", action="store_true", help="only two batches per epoch; overwrites OUT_DIR-dry")
-    add("--tensorboard", action="store_true", help="also write TensorBoard logs into OUT_DIR")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", action="store_true", help="continue the run in OUT_DIR")
-    mode.add_argument("--sample", type=int, metavar="N", help="draw N images from that run")
-    sizes = parser.add_argument_group("sizes of the model", Model.__doc__)
-    for name, value in size_defaults().items():
-        sizes.add_argument(
-            to_flag(name), type=type(value), default=value, help=f"(default {value})"
-        )
-    return parser
-
-
-def parse_args(argv):
-    """Parse argv (None: the command line); returns the settings, and a checkpoint or None.
-
-    --resume and --sample load the checkpoint of a run. The settings of that run become the
-    defaults, and a flag that contradicts them is refused, except for the few that may differ.
-    """
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    for name in ("epochs", "batch_size", "lr", "sample"):
-        value = getattr(args, name)
-        if value is None:  # no --sample
-            continue
-        if value <= 0 or not math.isfinite(value):
-            parser.error(f"{to_flag(name)} must be positive and finite")
-    out_dir = args.out_dir.expanduser()
+    # data: float32 images (N, 1, H, W) in [0, 1] and int64 labels (N,), on the device
+    train_x, train_y, test_x, test_y = load_mnist(args.data_dir, args.dataset, args.device)
+    if not args.resume:
+        args.size = train_x.shape[-1]
+        args.n_classes = int(train_y.max()) + 1 if args.class_cond else 0
     if args.dry_run:
-        out_dir = Path(f"{out_dir}-dry")
+        args.epochs = 1
+        train_x = train_x[: 2 * args.batch_size]
+        test_x = test_x[:200]
+    steps_per_epoch = len(train_x) // args.batch_size  # the images left over are skipped
+    if steps_per_epoch == 0:
+        sys.exit(f"--batch-size {args.batch_size} exceeds the {len(train_x)} training images")
 
-    checkpoint = None
-    if args.resume or args.sample:
-        checkpoint = load_checkpoint(out_dir / "model.pt", args.resume)
-        run_settings = {**checkpoint.get("settings", {}), **checkpoint["config"]}
-        del run_settings["size"]
-        n_classes = run_settings.pop("n_classes")
-        run_settings["class_cond"] = n_classes > 0
-        # Parse again with these as defaults: a value that still differs was given by a flag.
-        parser.set_defaults(**run_settings)
-        args = parser.parse_args(argv)
-        may_differ = ["epochs", "lr"]
-        if args.sample:
-            may_differ += ["batch_size", "seed"]
-        for name, value in run_settings.items():
-            if getattr(args, name) != value and name not in may_differ:
-                parser.error(f"{to_flag(name)} contradicts the run in {out_dir}: {value} there")
-    args.out_dir = out_dir
-    return args, checkpoint
-
-
-def sample_only(args, checkpoint):
-    """--sample N: write all N images as an array, and the first 100 as a picture."""
-    from common import save_images
-
-    model = Model(**checkpoint["config"])
-    model.load_state_dict(checkpoint["model"])
-    samples = draw_samples(model.to(args.device).eval(), args.sample, args)
-    save_images(samples, args.out_dir / "samples.npy")
-    save_images(samples[:100], args.out_dir / "samples.png")
-    print(f"wrote samples.npy and samples.png into {args.out_dir}")
-
-
-def load_images(args):
-    """Returns uint8 training images (N, 1, H, W), their labels (N,) or None, and test images."""
-    from common import load_mnist  # here, so that the model can be imported without common.py
-
-    train_x, train_y, test_x, _ = load_mnist(args.data_dir, args.dataset, args.device)
-    if args.dry_run:
-        limit = 2 * args.batch_size
-        train_x = train_x[:limit]
-        train_y = train_y[:limit]
-        test_x = test_x[:limit]
-    if args.batch_size > len(train_x):
-        fail(f"--batch-size {args.batch_size} exceeds the {len(train_x)} training images")
-    labels = train_y if args.class_cond else None
-    return train_x, labels, test_x
-
-
-def set_up(args, config, checkpoint):
-    """Returns model, ema and optimizers, new or restored from the checkpoint.
-
-    model is the one being trained; ema, the running average of its weights, is tested and sampled.
-    """
+    # the model, ema (the average of its weights, which is tested and sampled), the optimizers
+    config = {name: getattr(args, name) for name in inspect.signature(Model).parameters}
     set_seed(args.seed)
     try:
-        model = Model(**config).to(args.device, memory_format=torch.channels_last)
-    except ValueError as error:  # sizes that the model cannot have
-        fail(error)
-    ema = Model(**config).to(args.device, memory_format=torch.channels_last)
-    ema.load_state_dict(model.state_dict())
-    ema.eval().requires_grad_(False)
-    optimizers = make_optimizers(model)
-    if checkpoint is not None:
+        model = Model(**config)
+    except (ValueError, RuntimeError) as error:  # sizes that the model cannot have
+        sys.exit(f"{NAME}.py: {error}")
+    model.to(args.device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizers = make_optimizers(model, args.lr)
+    log = []  # a dictionary of numbers per epoch
+    if args.resume:
+        log = checkpoint["log"]
         model.load_state_dict(checkpoint["model_in_training"])
         ema.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
-    if args.compile:
-        model.compile()  # its forward, which is the network (in gan.py, the generator)
-    return model, ema, optimizers
-
-
-def write_log(log, path):
-    """Write the log, a list with a dictionary of numbers per epoch, as a CSV file with a header."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=log[0].keys())
-        writer.writeheader()
-        writer.writerows(log)
-
-
-def main(argv=None):
-    """Train, or with --sample only draw. argv: a list of flags; None: those of the command line."""
-    args, checkpoint = parse_args(argv)
-    if args.sample:
-        sample_only(args, checkpoint)
-        return
-
-    # in another project, replace load_images and save_images by your own
-    from common import save_images
-
-    if args.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-    train_x, labels, test_x = load_images(args)
-    if checkpoint is None:
-        config = {name: getattr(args, name) for name in size_defaults()}
-        config["size"] = train_x.shape[-1]
-        config["n_classes"] = 10 if args.class_cond else 0
-        log = []  # a dictionary of numbers per epoch
-    else:
-        config = checkpoint["config"]
-        log = checkpoint["log"]
     if len(log) > args.epochs:
-        fail(f"--epochs {args.epochs}: the run in {args.out_dir} has already done {len(log)}")
-    model, ema, optimizers = set_up(args, config, checkpoint)
+        sys.exit(f"--epochs {args.epochs}: the run in {args.out_dir} has done {len(log)} already")
+    if args.compile:
+        model.compile()
 
-    # Save before the first step, so that a disk that cannot be written to is noticed now and not
-    # after an hour, and so that --resume works wherever the run is stopped.
+    # Save before the first step, so that a disk that cannot be written to is noticed now.
+    names = ("epochs", "batch_size", "lr", "seed", "dataset", "dry_run")
+    settings = {name: getattr(args, name) for name in names}
+    run = {"script": NAME, "config": config, "settings": settings, "log": log}
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    path = args.out_dir / "model.pt"
-    is_new = checkpoint is None and not args.dry_run
-    first = make_checkpoint(args, config, model, ema, optimizers, log)
-    try:
-        save_checkpoint(first, path, new=is_new)
-    except FileExistsError:
-        fail(f"{args.out_dir} holds a run: --resume it, choose another --out-dir, or delete it")
+    save_checkpoint(path, run, model, ema, optimizers)
     if args.tensorboard:
         writer = SummaryWriter(args.out_dir)
-    steps = len(train_x) // args.batch_size
-    plan = f"{args.epochs} epochs of {steps} steps on {args.device}, {len(log)} done"
-    print(f"{args.out_dir}: {plan}; if interrupted, continue with --resume", flush=True)
+    n_parameters = sum(weight.numel() for weight in model.parameters())
+    print(f"{n_parameters:,} parameters, {steps_per_epoch} steps per epoch on {args.device}")
+    print(f"{len(log)} epochs are done, {args.epochs - len(log)} are left")
+    print(f"to continue after an interruption: --resume --out-dir {args.out_dir}", flush=True)
 
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    autocast = bfloat16_autocast(args.device)
+    total_steps = args.epochs * steps_per_epoch
+    interval = 60  # seconds from one progress line to the next
+    line_end = "\n"
+    if sys.stdout.isatty():
+        interval = 1
+        line_end = "\r"
     for epoch in range(len(log) + 1, args.epochs + 1):
-        train_loss, seconds = train_epoch(epoch, args, model, ema, optimizers, train_x, labels)
-        metrics = evaluate(ema.loss, test_x, bfloat16_autocast(args.device))
+        set_seed(args.seed, epoch)  # the same order and noise, whether the run was resumed or not
+        perm = torch.randperm(len(train_x)).to(args.device)
+        loss_sum = 0
+        start = time.perf_counter()
+        shown = start
+        for i in range(steps_per_epoch):
+            step = (epoch - 1) * steps_per_epoch + i + 1  # counted from the first epoch
+            for group in groups:
+                group["lr"] = learning_rate(step, total_steps, args.lr)
+            idx = perm[i * args.batch_size : (i + 1) * args.batch_size]
+            y = train_y[idx] if args.class_cond else None
+            loss = train_step(model, optimizers, autocast, train_x[idx], y)
+            update_ema(ema, model, step)
+            loss_sum += loss
+
+            now = time.perf_counter()
+            if now > shown + interval:  # not at each step: reading the loss waits for the GPU
+                shown = now
+                speed = (i + 1) * args.batch_size / (now - start)
+                left = (total_steps - step) * args.batch_size / speed
+                line = f"step {step}/{total_steps} | loss {float(loss):.4g} | {speed:,.0f} img/s"
+                print(f"{line} | {left:.0f} s left".ljust(79), end=line_end, flush=True)
+        train_loss = float(loss_sum) / steps_per_epoch  # float() waits for the GPU to finish
+        seconds = time.perf_counter() - start
+
+        metrics = evaluate(ema, test_x, test_y)
         row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **metrics}
         if not all(math.isfinite(value) for value in row.values()):
-            fail(f"the loss of epoch {epoch} is not finite: --resume with a smaller --lr")
-        samples = draw_samples(ema, 4 if args.dry_run else 100, args)
+            sys.exit(f"the loss of epoch {epoch} is not finite: --resume with a smaller --lr")
+        samples = draw_samples(ema, 100, args)
         if not samples.isfinite().all():
-            fail(f"the samples of epoch {epoch} are not finite: --resume with a smaller --lr")
+            sys.exit(f"the samples of epoch {epoch} are not finite: --resume with a smaller --lr")
 
         log.append(row)
+        save_checkpoint(path, run, model, ema, optimizers)
+        columns = dict.fromkeys(name for entry in log for name in entry)
+        with open(args.out_dir / "log.csv", "w", newline="") as file:
+            table = csv.DictWriter(file, columns)
+            table.writeheader()
+            table.writerows(log)
         save_images(samples, args.out_dir / f"samples_{epoch:04d}.png")
         save_images(samples, args.out_dir / "samples.png")
-        write_log(log, args.out_dir / "log.csv")
-        save_checkpoint(make_checkpoint(args, config, model, ema, optimizers, log), path)
-
-        test_metrics = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        speed = steps * args.batch_size / seconds
+        speed = steps_per_epoch * args.batch_size / seconds
+        test = " ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         print(
-            f"epoch {epoch:3}/{args.epochs} | train loss {train_loss:.4g} | test {test_metrics} | "
+            f"epoch {epoch:3}/{args.epochs} | train loss {train_loss:.4g} | test {test} | "
             f"{seconds:.1f} s | {speed:,.0f} img/s",
             flush=True,
         )
@@ -940,9 +613,160 @@ def main(argv=None):
 
     # pictures that show how the model works
     set_seed(args.seed)
-    for name, images in ema.pictures(test_x[:20] / 255).items():
+    y = test_y[:20] if args.class_cond else None
+    for name, images in ema.pictures(test_x[:20], y).items():
         suffix = "gif" if images.ndim == 5 else "png"
         save_images(images, args.out_dir / f"{name}.{suffix}")
+
+
+def learning_rate(step, total_steps, peak):
+    """The rate at a step, from 1: up to peak in the first 2 % of the steps, then linearly to 0."""
+    warmup = max(1, round(0.02 * total_steps))
+    return peak * min(step / warmup, (total_steps + 1 - step) / (total_steps + 1 - warmup))
+
+
+@torch.no_grad()
+def update_ema(ema, model, step):
+    """Move ema, the exponential moving average of the weights, a little towards those of model."""
+    half_life = 0.05 * step  # in steps: short at first, when the weights move fast
+    decay = 0.5 ** (1 / half_life)
+    for average, weight in zip(ema.parameters(), model.parameters()):
+        average.lerp_(weight, 1 - decay)  # decay * average + (1 - decay) * weight
+    for average, buffer in zip(ema.buffers(), model.buffers()):
+        average.copy_(buffer)
+
+
+@torch.no_grad()
+def evaluate(model, x, y):
+    """The metrics of model.loss, averaged over images x (N, 1, H, W) -> {name: float}.
+
+    Every call sees the same noise. Labels y (N,) are used if the model was made for them.
+    """
+    torch.manual_seed(0)
+    means = {}
+    for idx in torch.arange(len(x), device=x.device).split(100):
+        _, metrics = model.loss(x[idx], y[idx] if model.n_classes > 0 else None)
+        for name, value in metrics.items():
+            means[name] = means.get(name, 0) + float(value) * len(idx) / len(x)
+    return means
+
+
+def draw_samples(model, n, args):
+    """n images (n, 1, H, W), from the same noise at each call; labels are 0, 1, 2, ... in turn."""
+    set_seed(args.seed)
+    samples = []
+    for idx in torch.arange(n, device=args.device).split(500):
+        y = idx % model.n_classes if model.n_classes > 0 else None
+        samples.append(model.sample(len(idx), y))
+    return torch.cat(samples)
+
+
+def set_seed(seed, epoch=0):
+    """Seed torch for an epoch, counted from 1, or for what is outside training (epoch 0)."""
+    torch.manual_seed((1_000_003 * seed + epoch) % 2**63)  # % keeps within torch's range
+
+
+def bfloat16_autocast(device):
+    """A context in which matrix products and convolutions use bfloat16, if the hardware can."""
+    kind = torch.device(device).type
+    supported = False
+    if kind == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif kind == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older versions lack it
+        supported = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.autocast(kind, torch.bfloat16, enabled=supported)
+
+
+def save_checkpoint(path, run, model, ema, optimizers):
+    """Write what --resume needs, atomically: neither a kill nor a full disk leaves half a file.
+
+    run: the script's name, the model's config, the settings and the log
+    """
+    checkpoint = {
+        **run,
+        "model": ema.state_dict(),  # the averaged weights, which are tested and drawn from
+        "model_in_training": model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+    }
+    data = io.BytesIO()  # into memory first: on a full disk, torch.save raises no OSError
+    torch.save(checkpoint, data)
+    part = path.with_name("model.pt.part")
+    part.write_bytes(data.getvalue())
+    os.replace(part, path)
+
+
+def parse_args(argv):
+    """Parse argv (None: the command line) -> the settings, and a checkpoint or None.
+
+    --resume and --sample take the settings of the run as defaults, and refuse other values.
+    """
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,
+        description=f"Train {Model.__name__}, or draw samples from it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    datasets = ["MNIST", "FashionMNIST", "KMNIST"]
+    add("--epochs", type=int, default=EPOCHS, help="passes over the training images")
+    add("--batch-size", type=int, default=BATCH_SIZE, help="images per step")
+    add("--lr", type=float, default=LR, help="peak learning rate")
+    add("--seed", type=int, default=0, help="random seed")
+    add("--device", default=device, help="torch device: cpu, cuda, cuda:1, mps")
+    add("--dataset", choices=datasets, default="MNIST", help="images to train on")
+    add("--data-dir", type=Path, help="folder of the data sets; None: data, beside common.py")
+    add("--out-dir", type=Path, default=Path("out", NAME), help="folder for all output")
+    add("--class-cond", action="store_true", help="learn p(x | label) instead of p(x)")
+    add("--compile", action="store_true", help="torch.compile: slow to start, may speed up steps")
+    add("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
+    add("--tensorboard", action="store_true", help="also write TensorBoard logs into OUT_DIR")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", action="store_true", help="continue the run in OUT_DIR")
+    mode.add_argument("--sample", type=int, metavar="N", help="draw N images from that run")
+    sizes = parser.add_argument_group("sizes of the model", Model.__doc__)
+    for name, parameter in inspect.signature(Model).parameters.items():
+        if name not in ("size", "n_classes"):  # which the data decide
+            flag = "--" + name.replace("_", "-")
+            default = parameter.default
+            sizes.add_argument(flag, type=type(default), default=default, help=" ")
+    args = parser.parse_args(argv)
+
+    out_dir = args.out_dir.expanduser()
+    if args.dry_run:
+        out_dir = out_dir.with_name(f"{out_dir.name}-dry")
+    checkpoint = None
+    if args.resume or args.sample:
+        path = out_dir / "model.pt"
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        needed = "optimizers" if args.resume else "config"
+        if needed not in checkpoint or checkpoint.get("script", NAME) != NAME:
+            parser.error(f"{path} is not a checkpoint of {NAME}.py with {needed}")
+        saved = {**checkpoint.get("settings", {}), **checkpoint["config"]}
+        saved["class_cond"] = saved.get("n_classes", 0) > 0
+        # Parse again with these as defaults: a value that still differs was given as a flag.
+        parser.set_defaults(**saved)
+        args = parser.parse_args(argv)
+        may_differ = ["epochs", "lr", "batch_size"]
+        if args.sample:
+            may_differ.append("seed")
+        if args.class_cond and not saved["class_cond"]:
+            parser.error(f"--class-cond: the run in {out_dir} was trained without labels")
+        for name, value in saved.items():
+            if getattr(args, name) != value and name not in may_differ:
+                flag = "--" + name.replace("_", "-")
+                parser.error(f"{flag} {getattr(args, name)}: the run in {out_dir} has {value}")
+    args.out_dir = out_dir
+
+    for name in ("epochs", "batch_size", "lr", "sample"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be positive and finite")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        parser.error(f"--device {args.device}: {reason}")
+    return args, checkpoint
 
 
 if __name__ == "__main__":
@@ -951,6 +775,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except ModuleNotFoundError as error:
-        fail(f"{error}: common.py must be beside this script; install other packages with pip")
+        sys.exit(f"{error}: common.py must be beside this script; install other packages with pip")
     except OSError as error:
-        fail(error)
+        sys.exit(f"{NAME}.py: {error}")

@@ -1,13 +1,7 @@
-"""Fixtures for all tests; the project's folder can be imported from, wherever pytest starts."""
-
-import sys
-from pathlib import Path
+"""Fixtures for all tests."""
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
-
+import torch
 from helpers import SMALL, main_of, size_flags
 
 import common
@@ -25,3 +19,11 @@ def small(monkeypatch, tmp_path):
         main_of(name)(["--device", "cpu", *size_flags(name), *map(str, flags)])
 
     return run
+
+
+@pytest.fixture
+def float64():
+    """Models and random numbers of the test are in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -15,7 +15,7 @@ SIZES = {
     "rnn": dict(n_embd=16, n_layer=1),
     "made": dict(hidden=800, n_layer=1),
     "wavenet": dict(channels=16),
-    "pixelcnn": dict(channels=8, n_layer=3),
+    "pixelcnn": dict(channels=16, n_layer=3),
     "gatedcnn": dict(channels=8, n_layer=3),
     "transformer": dict(n_embd=16, n_head=2, n_layer=1),
     "vae": dict(channels=8, hidden=64, z_dim=8),
@@ -53,7 +53,7 @@ def size_flags(name):
 
 
 def tiny(name, **changes):
-    """The tiny model with the weights of seed 0."""
+    """The tiny model with the weights of seed 0, without labels."""
     torch.manual_seed(0)
     return model_class(name)(**{**SIZES[name], **changes})
 
@@ -68,19 +68,20 @@ def perturb(model, scale=0.2):
 
 def binary(*shape):
     """Random images of 0 and 1."""
-    return (torch.rand(*shape) > 0.5).float()
+    return (torch.rand(*shape) > 0.5).to(torch.get_default_dtype())
 
 
 def trained(name, **changes):
-    """A tiny model in float64 after a few steps on digits, cut to its size."""
-    model = perturb(tiny(name, **changes), 0.1).double()
+    """A tiny model after a few steps on digits, cut to its size."""
+    model = perturb(tiny(name, **changes), 0.1)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     k = (28 - model.size) // 2
     for _ in range(10):
         idx = torch.randint(60_000, (32,))
-        x = IMAGES[0][idx, :, k : k + model.size, k : k + model.size].double() / 255
+        x = IMAGES[0][idx, :, k : k + model.size, k : k + model.size].to(torch.get_default_dtype())
+        y = IMAGES[1][idx] if model.n_classes > 0 else None
         optimizer.zero_grad()
-        model.loss(x, IMAGES[1][idx])[0].backward()
+        model.loss(x, y)[0].backward()
         optimizer.step()
     return model.eval()
 

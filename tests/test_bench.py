@@ -1,171 +1,393 @@
-"""bench/: the distances are right, and an interrupted head-to-head goes on."""
+"""bench/: the distances are right, and what is known is neither trained nor measured again."""
 
-import shutil
+import importlib
+import itertools
 import subprocess
 from pathlib import Path
 
-import compare
+import measure
 import pytest
+import report
 import torch
 import train_all
-from helpers import IMAGES, SIZES, model_class, tiny
 from PIL import Image
 
 import common
+
+SIZES = {"vae": dict(channels=8, hidden=64, z_dim=8), "gan": dict(channels=8, z_dim=16)}
+TIMES = {"s/epoch": 3.0, "100 in": 0.5}
 
 
 def mean(values):
     return sum(values) / len(values)
 
 
-def test_distances_know_the_answer():
-    a, b = torch.randn(300, 4).double() @ torch.randn(4, 4).double(), torch.randn(200, 4).double()
+def distance(a, b):
+    return (a - b).norm().item()
+
+
+def save_run(script, folder, n_classes=0, n_epochs=3):
+    """Write the checkpoint of a tiny model with random weights into out/<folder>."""
+    torch.manual_seed(0)
+    config = {**SIZES[script], "n_classes": n_classes}
+    model = importlib.import_module(script).Model(**config)
+    log = [{"epoch": epoch} for epoch in range(1, n_epochs + 1)]
+    Path("out", folder).mkdir(parents=True)
+    checkpoint = {"model": model.state_dict(), "config": config, "log": log}
+    torch.save(checkpoint, f"out/{folder}/model.pt")
+
+
+@pytest.fixture
+def runs(monkeypatch, tmp_path):
+    """Runs of vae and gan, the latter also with labels, and random images to measure them on."""
+    monkeypatch.chdir(tmp_path)
+    save_run("vae", "vae")
+    save_run("gan", "gan")
+    save_run("gan", "gan-labels", n_classes=10)
+    torch.manual_seed(0)
+    images = torch.rand(50, 1, 28, 28)
+    labels = torch.arange(50) % 10
+    monkeypatch.setattr(measure, "load_mnist", lambda device: (images, labels, images, labels))
+    monkeypatch.setattr(measure, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(measure, "SAMPLES", 50)
+    monkeypatch.setattr(measure, "measure_times", lambda script, device: TIMES)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A list of the scripts that measure.main measures from now on, instead of measuring them."""
+    scripts = []
+
+    def note(script, *_):
+        scripts.append(script)
+        return {"Frechet": 1.0}
+
+    monkeypatch.setattr(measure, "measure", note)
+    return scripts
+
+
+@pytest.fixture
+def site(monkeypatch, tmp_path):
+    """A folder with the two READMEs and an empty assets/, which report.main writes to."""
+    monkeypatch.chdir(tmp_path)
+    images = torch.rand(10, 1, 28, 28)
+    monkeypatch.setattr(report, "load_mnist", lambda: (None, None, images, None))
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "assets").mkdir()
+    for name in ("README.md", "bench/README.md"):
+        Path(name).write_text(f"before\n{report.START}old\n{report.END}after\n")
+    return tmp_path
+
+
+def rows_in(text):
+    """The lines of the first table in a text, {column: cell} each."""
+    lines = [line for line in text.split("\n") if line.startswith("| ")]
+    columns, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return {row[0]: dict(zip(columns, row)) for row in rows}
+
+
+def compared(frechet):
+    """Some figures of images, as results.json holds them."""
+    return {"Frechet": frechet, "rarest": 0.09, "commonest": 0.11}
+
+
+# ---------------------------------------------------------------- distances
+def test_frechet_distance_of_a_scaled_and_shifted_copy_is_known():
+    a = torch.randn(300, 4).double() @ torch.randn(4, 4).double()
     # of Gaussians whose covariances commute: |mean difference|^2 + tr (root a - root b)^2
     expected = (a.mean(0) + 3).square().sum() + a.T.cov().trace()
-    assert abs(compare.frechet(a, 2 * a + 3) / expected - 1) < 1e-9
-    assert abs(compare.frechet(a, a)) < 1e-9
+    assert measure.frechet(a, 2 * a + 3) == pytest.approx(expected.item())
+    assert measure.frechet(a, a) == pytest.approx(0, abs=1e-9)
 
-    def kernel(x, y):
-        return ((x @ y).item() / 4 + 1) ** 3
 
-    a, b = a[:20], b[:10]
-    inside_a = [kernel(p, q) for i, p in enumerate(a) for j, q in enumerate(a) if i != j]
-    inside_b = [kernel(p, q) for i, p in enumerate(b) for j, q in enumerate(b) if i != j]
-    between = [kernel(p, q) for p in a for q in b]
-    expected = mean(inside_a) + mean(inside_b) - 2 * mean(between)
-    assert abs(compare.kid(a, b) / expected - 1) < 1e-9
+def test_kid_is_a_mean_of_the_kernel_over_pairs_of_different_images():
+    a = torch.randn(20, 4).double()
+    b = torch.randn(10, 4).double() + 1
 
+    def kernel(p, q):
+        return ((p @ q).item() / 4 + 1) ** 3
+
+    within_a = mean([kernel(p, q) for p, q in itertools.permutations(a, 2)])
+    within_b = mean([kernel(p, q) for p, q in itertools.permutations(b, 2)])
+    between = mean([kernel(p, q) for p, q in itertools.product(a, b)])
+    assert measure.kid(a, b) == pytest.approx(within_a + within_b - 2 * between)
+
+
+def test_precision_counts_samples_nearer_than_a_third_neighbour():
+    torch.manual_seed(0)
+    a = torch.randn(20, 4).double()
     b = torch.randn(20, 4).double()
-    near = [any((p - q).norm() < sorted((q - o).norm() for o in b)[3] for q in b) for p in a]
+    # sorted: the distance to itself, then to the first, second and third neighbour
+    radius = [sorted(distance(q, other) for other in b)[3] for q in b]
+    near = [any(distance(p, q) < r for q, r in zip(b, radius)) for p in a]
     assert 0.1 < mean(near) < 1
-    assert compare.manifold_coverage(a, b) == mean(near)
+    assert measure.manifold_coverage(a, b) == pytest.approx(mean(near))
 
 
-def test_compare_fills_the_readme_and_goes_on(monkeypatch, tmp_path):
+# ---------------------------------------------------------------- measure.py
+def test_measuring_asks_for_a_run_first(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "SCRIPTS", ["vqvae", "gan"])
-    limited = [data[:n] for data, n in zip(IMAGES, (300, 300, 200, 200))]
-    monkeypatch.setattr(compare, "load_mnist", lambda *_, **__: limited)
-    (tmp_path / "bench").mkdir()
-    readmes = [tmp_path / "README.md", tmp_path / "bench/README.md"]
-    for path in readmes:
-        path.write_text(f"before\n{compare.START}old\n{compare.END}after\n")
     with pytest.raises(SystemExit, match="train first"):
-        compare.main(["--root", str(tmp_path)])
-    with pytest.raises(SystemExit, match="no out/vqvae/model.pt"):
-        compare.main(["--root", str(tmp_path), "--scripts", "vqvae"])
-    monkeypatch.setattr(compare, "measure_times", lambda *_: {"s/epoch": 3.0, "100 in": 0.5})
-    for folder, n_classes in (("vqvae", 0), ("gan", 0), ("gan-labels", 10)):
-        name = folder.split("-")[0]
-        model = tiny(name, n_classes=n_classes)
-        config = {**SIZES[name], "n_classes": n_classes}
-        log = [{"seconds": 2.0}, {"seconds": 3.0}, {"seconds": 9.0}]
-        Path("out", folder).mkdir(parents=True)
-        state = {"model": model.state_dict(), "config": config, "log": log}
-        torch.save(state, f"out/{folder}/model.pt")
-        for title in ("samples", "samples_0001", "samples_0002", "samples_0003"):
-            common.save_images(model.eval().sample(10), f"out/{folder}/{title}.png")
-    flags = ["--root", str(tmp_path)]
-    compare.main([*flags, "--samples", "100"])
-    assert "old" in readmes[0].read_text()  # too few samples for the tables
-    monkeypatch.setattr(compare, "SAMPLES", 100)
-    compare.main([*flags, "--scripts", "vqvae"])
-    assert "| vqvae.py |" in readmes[0].read_text()
-    assert "| gan.py |" not in readmes[0].read_text()
-    compare.main([*flags, "--scripts", "gan"])
-    texts = [path.read_text() for path in readmes]
-    for text, columns in zip(texts, (compare.SHORT, compare.LONG)):
-        assert text.startswith("before\n" + compare.START)
-        assert text.endswith(compare.END + "after\n")
-        lines = [line for line in text.split("\n") if line.startswith("| ")]
-        names, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-        assert names == list(columns)
-        assert len(rows) == 4  # two sorts of data, two models
-        rows = [dict(zip(names, row)) for row in rows]
-        assert [row["model"] for row in rows[2:]] == ["vqvae.py", "gan.py"]
-        assert rows[0]["ratio"] == rows[1]["ratio"] == "1.0"
-        ratios = [float(row["ratio"].strip("*")) for row in rows[2:]]
-        assert min(ratios) > 10
-        assert [row["ratio"].startswith("**") for row in rows[2:]] == [
-            r == min(ratios) for r in ratios
-        ]
-        assert rows[2]["nats"].startswith("**< ") and not rows[3]["nats"]
-    assert rows[3]["labels"].endswith("%") and not rows[2]["labels"]
-    assert rows[2]["epochs"] == "3" and rows[2]["s/epoch"].strip("*") == "3"
-    assert 0 < float(rows[2]["brightness"]) < 1
-    with Image.open("assets/samples.png") as image:
-        assert image.size == (748, 184)
-        samples = image.tobytes()
-
-    # what is known is not measured again; one model and the pictures of another may be gone
-    monkeypatch.setattr(compare, "measure", None)
-    shutil.rmtree("out/vqvae")
-    compare.main(flags)
-    assert [path.read_text() for path in readmes] == texts
-    with Image.open("assets/samples.png") as image:
-        assert image.tobytes() == samples
-    with pytest.raises(TypeError):  # other weights are measured
-        Path("out/gan-labels/model.pt").unlink()
-        compare.main(flags)
+        measure.main([])
 
 
-def test_train_all_plans_and_goes_on(monkeypatch, tmp_path):
-    ran = []
+def test_measuring_writes_all_figures_of_all_runs(runs):
+    measure.main([])
+    results = measure.read_results()
+    assert set(results) == {"grey", "binarised", "vae", "gan"}
+    compared = {"Frechet", "KID", "precision", "recall", "brightness", "rarest", "commonest"}
+    of_a_run = {"epochs", "log", "parameters", "machine", "key", *TIMES}
+    assert set(results["grey"]) == compared | {"key"}
+    assert set(results["vae"]) == compared | of_a_run | {"neg_elbo", "iwae"}
+    assert set(results["gan"]) == compared | of_a_run | {"labels"}
+    assert results["gan"]["epochs"] == 3
+
+
+def test_nats_are_those_of_the_scripts_own_test(runs):
+    measure.main(["--scripts", "vae"])
+    figures = measure.read_results()["vae"]
+    module, model, _ = measure.load("vae", "vae", "cpu")
+    _, _, x, y = measure.load_mnist("cpu")
+    assert figures["neg_elbo"] == pytest.approx(module.evaluate(model, x, y)["neg_elbo"])
+    assert figures["iwae"] < figures["neg_elbo"]
+
+
+def test_the_bound_of_draws_is_a_mean_over_images_not_over_batches():
+    class Model:
+        def bound(self, x):
+            return x.mean()
+
+    x = torch.zeros(150, 1, 28, 28)
+    x[100:] = 3
+    assert measure.iwae(Model(), x) == pytest.approx(1)
+
+
+def test_the_digit_asked_for_is_counted_in_the_labels(runs, monkeypatch):
+    monkeypatch.setattr(measure, "draw", lambda model, n, y: y)
+    judge = type("Judge", (), {"look_at": lambda self, y: (None, y.clamp(max=6))})()
+    assert measure.label_accuracy("gan", judge, "cpu") == pytest.approx(0.7)
+
+
+def test_what_is_known_is_not_measured_again_but_timed(runs, measured, monkeypatch):
+    measure.main([])
+    assert measured == ["vae", "gan"]
+    monkeypatch.setattr(measure, "measure_times", lambda script, device: {"100 in": 7.0})
+    measure.main([])
+    assert measured == ["vae", "gan"]
+    assert measure.read_results()["vae"]["100 in"] == 7.0
+
+
+def test_a_changed_checkpoint_is_measured_again(runs, measured):
+    measure.main([])
+    Path("out/gan-labels/model.pt").unlink()
+    measure.main([])
+    assert measured == ["vae", "gan", "gan"]
+
+
+def test_measuring_goes_on_after_an_interruption(runs, measured, monkeypatch):
+    def interrupt(script, device):
+        if script == "gan":
+            raise KeyboardInterrupt
+        return TIMES
+
+    monkeypatch.setattr(measure, "measure_times", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        measure.main([])
+    monkeypatch.setattr(measure, "measure_times", lambda script, device: TIMES)
+    measure.main([])
+    assert measured == ["vae", "gan", "gan"]
+
+
+def test_figures_of_a_run_that_is_gone_stay(runs, measured):
+    measure.main(["--scripts", "vae"])
+    Path("out/vae/model.pt").unlink()
+    measure.main([])
+    assert measured == ["vae", "gan"]
+    assert set(measure.read_results()) == {"grey", "binarised", "vae", "gan"}
+
+
+def test_an_epoch_is_timed_by_the_scripts_own_step(monkeypatch):
+    gan = importlib.import_module("gan")
+    calls = []
+    own_step = gan.train_step
+
+    def train_step(*args):
+        calls.append(args)
+        return own_step(*args)
+
+    monkeypatch.setattr(gan, "train_step", train_step)
+    monkeypatch.setattr(measure, "median_seconds", lambda function, n, warm_up: function())
+    measure.seconds_of_step(gan, "cpu")
+    _, optimizers, _, x, _ = calls[0]
+    assert len(optimizers) == 2
+    assert x.shape == (gan.BATCH_SIZE, 1, 28, 28)
+
+
+def test_the_median_of_calls_leaves_the_first_out(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    durations = iter([0, 5, 1, 3])
+
+    def function():
+        clock[0] += next(durations)
+
+    assert measure.median_seconds(function, n=3, warm_up=1) == 3
+
+
+# ---------------------------------------------------------------- report.py
+def test_each_readme_gets_its_own_columns(site):
+    report.main()
+    short = rows_in(Path("README.md").read_text())
+    long = rows_in(Path("bench/README.md").read_text())
+    assert list(short["made.py"]) == report.SHORT
+    assert list(long["made.py"]) == report.LONG
+    data = ["training images, grey", "training images, binarised"]
+    assert list(short) == data + [f"{script}.py" for script in train_all.SCRIPTS]
+
+
+def test_only_the_text_between_the_lines_is_replaced(site):
+    report.main()
+    text = Path("README.md").read_text()
+    assert text.startswith(f"before\n{report.START}\n| model |")
+    assert text.endswith(f"\n{report.END}after\n")
+    assert "old" not in text
+    report.main()
+    assert Path("README.md").read_text() == text
+
+
+def test_a_readme_without_the_lines_is_left_alone(site):
+    Path("README.md").write_text("nothing to replace\n")
+    with pytest.raises(SystemExit, match="README.md has no lines"):
+        report.main()
+
+
+def test_ratios_are_to_the_distance_of_training_images():
+    results = {
+        "grey": compared(2),
+        "binarised": compared(4),
+        "gan": compared(6),
+        "vae": compared(50),
+    }
+    rows = report.rows_of(results, ["vae", "gan"])
+    assert [row["ratio"] for row in rows] == [1, 1, 12.5, 3]
+    assert [report.cell(row, "ratio") for row in rows] == ["1.0", "1.0", "12", "3.0"]
+
+
+def test_bounds_are_marked():
+    row = report.row_of("vae", {**compared(1), "neg_elbo": 86.67, "iwae": 83.42}, real=1)
+    assert report.cell(row, "nats") == "< 83.42"
+    assert report.cell(row, "bits/dim") == "< 0.1535"
+    assert report.cell(row, "-ELBO") == "86.67"
+
+
+def test_exact_nats_are_not_marked():
+    row = report.row_of("made", {**compared(1), "nll": 85.83}, real=1)
+    assert report.cell(row, "nats") == "85.83"
+    assert report.cell(row, "bits/dim") == "0.1579"
+    assert report.cell(row, "-ELBO") == ""
+
+
+def test_the_lowest_number_is_bold_not_the_lowest_text():
+    values = {"vae.py": 0.0141, "gan.py": 0.0079, "rnn.py": 10.0}  # two are 0.01 s
+    rows = [{"model": model, "100 in": seconds} for model, seconds in values.items()]
+    assert report.best_cells(rows) == {("gan.py", "100 in")}
+
+
+def test_grey_and_binarised_digits_have_a_best_ratio_each():
+    values = {"training images, grey": 1, "vae.py": 9, "rnn.py": 8, "gan.py": 3, "diffusion.py": 2}
+    rows = [{"model": model, "ratio": ratio} for model, ratio in values.items()]
+    assert report.best_cells(rows) == {("rnn.py", "ratio"), ("diffusion.py", "ratio")}
+
+
+def test_figures_of_another_classifier_are_not_shown():
+    results = {"grey": {"key": [100, "new"]}, "gan": {"key": [100, "old", "model"]}}
+    assert not report.is_current(results, "gan")
+    results["gan"]["key"][1] = "new"
+    assert report.is_current(results, "gan")
+    assert not report.is_current(results, "diffusion")
+
+
+def test_the_pictures_of_the_runs_are_collected(site):
+    common.save_images(torch.rand(100, 1, 28, 28), "out/vae/samples.png")
+    common.save_images(torch.rand(200, 1, 28, 28), "out/gan/interpolation.png")
+    report.copy_pictures(site / "assets")
+    assert Path("assets/vae.png").read_bytes() == Path("out/vae/samples.png").read_bytes()
+    with Image.open("assets/gan_interpolation.png") as image:
+        assert image.size == (302, 302)
+    assert not Path("assets/gan.png").exists()
+
+
+def test_the_row_of_a_run_that_is_gone_stays(site):
+    path = site / "assets/samples.png"
+    common.save_images(torch.rand(100, 1, 28, 28), "out/vae/samples.png")
+    report.draw_sheet(path, torch.rand(10, 1, 28, 28))
+    with Image.open(path) as image:
+        row = image.crop((0, 420, 748, 480)).tobytes()
+    Path("out/vae/samples.png").unlink()
+    report.draw_sheet(path, torch.rand(10, 1, 28, 28))
+    with Image.open(path) as image:
+        assert image.size == (748, 664)
+        assert image.crop((0, 420, 748, 480)).tobytes() == row
+        assert len(set(row)) > 100
+
+
+# ---------------------------------------------------------------- train_all.py
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """A list of what train_all starts from now on, [script, flag, ...] each; gan.py fails."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_all, "trainer", lambda script: (None, None, None, 500))
-    monkeypatch.setattr(train_all, "seconds", lambda step, n, warm_up=3: 0.1)
+    started = []
 
     def run(command):
-        ran.append([Path(command[1]).name, *command[2:]])
-        return subprocess.CompletedProcess(command, 1 if len(ran) == 2 else 0)
+        script = Path(command[1]).name
+        started.append([script, *command[2:]])
+        return subprocess.CompletedProcess(command, returncode=1 if script == "gan.py" else 0)
 
     monkeypatch.setattr(train_all.subprocess, "run", run)
-    flags = ["--minutes", "5", "--scripts", "vae", "gan"]
+    return started
+
+
+def test_each_script_is_trained_with_its_defaults(commands):
+    train_all.main(["--scripts", "made", "vae"])
+    assert commands == [["made.py"], ["vae.py"]]
+
+
+def test_runs_with_labels_get_folders_of_their_own(commands):
+    train_all.main(["--scripts", "vae", "--labels"])
+    assert commands == [["vae.py", "--class-cond", "--out-dir", "out/vae-labels"]]
+
+
+def test_training_stops_when_a_script_fails(commands):
     with pytest.raises(SystemExit, match="gan.py stopped"):
-        train_all.main(flags)
-    planned = [[f"{n}.py", "--epochs", "2", "--out-dir", f"out/{n}"] for n in ("vae", "gan")]
-    assert ran == planned  # two of 52.1 s fit into 135 s
-    for name, n in (("vae", 2), ("gan", 1)):
-        Path("out", name).mkdir()
-        torch.save({"log": [{}] * n}, f"out/{name}/model.pt")
-    train_all.main(flags)
-    assert ran[2:] == [[*planned[1], "--resume"]]
-    train_all.main([*flags[:4], "--labels"])
-    assert ran[3:] == [["vae.py", "--epochs", "5", "--out-dir", "out/vae-labels", "--class-cond"]]
+        train_all.main(["--scripts", "gan", "vae"])
+    assert commands == [["gan.py"]]
 
 
-def test_trainer_takes_the_scripts_own_step(monkeypatch):
-    monkeypatch.setattr(train_all, "DEVICE", "cpu")
-    gan = model_class("gan").__module__
-    calls = []
-    module = __import__(gan)
-    train_step = module.train_step
-
-    def watched_step(*args):
-        calls.append(args)
-        return train_step(*args)
-
-    monkeypatch.setattr(module, "train_step", watched_step)
-    step, test, sample, steps = train_all.trainer("gan")
-    step()
-    assert len(calls) == 1
-    assert len(calls[0][1]) == 2  # optimizers
-    assert steps == 937
-    assert test()["d_loss"] > 0
-    assert sample() > 0
+def test_training_goes_on_where_it_was_interrupted(commands):
+    save_run("vae", "vae", n_epochs=importlib.import_module("vae").EPOCHS)
+    save_run("gan", "gan", n_epochs=1)
+    with pytest.raises(SystemExit):
+        train_all.main(["--scripts", "vae", "gan"])
+    assert commands == [["gan.py", "--resume"]]
 
 
-def test_profile_counts_operations():
-    a = torch.ones(2, 3, requires_grad=True)
-    with train_all.Counter() as counter:
-        (a @ torch.ones(3, 4)).sum().backward()
-    assert counter.total == 2 * 48  # 2 * 2 * 3 * 4 forward, as many backward: one input needs it
-
-
-def test_figures_draw_the_masks(tmp_path):
+# ---------------------------------------------------------------- figures.py
+@pytest.mark.parametrize("name", ["masks", "nats", "speed"])
+def test_a_figure_is_drawn(name, tmp_path):
     pytest.importorskip("matplotlib")
     import figures
 
-    figures.main(["masks", "--assets", str(tmp_path)])
-    with Image.open(tmp_path / "masks.png") as image:
+    figures.main(["--only", name, "--assets", str(tmp_path)])
+    with Image.open(tmp_path / f"{name}.png") as image:
         assert image.width > 500
+
+
+def test_a_figure_whose_run_is_missing_is_left_out(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    import figures
+
+    monkeypatch.chdir(tmp_path)
+    figures.main(["--only", "codes", "--assets", str(tmp_path)])
+    assert "out/vqvae/model.pt is missing" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
