@@ -24,12 +24,12 @@ Idea
 Maths
   Mixing (`mix`). Time t runs from 0, the image x0 in [-1, 1], to 1, the noise eps ~ N(0, 1):
       x_t = cos(a) x0 + sin(a) eps,   a = t pi / 2
-  As cos^2 + sin^2 = 1, x_t keeps a mean square near 1. As a rises, x_t moves at the velocity
+  As cos^2 + sin^2 = 1, x_t keeps a mean square near 1. While a rises, x_t moves at the velocity
       v = dx_t/da = cos(a) eps - sin(a) x0.
   (x_t, v) is (x0, eps), turned by the angle a. Turning it back (`split`) separates the two:
       x0 = cos(a) x_t - sin(a) v,   eps = sin(a) x_t + cos(a) v
   Learning.
-      loss = E (v_net(x_t, t) - v)^2,   the mean over pixels, x0, eps and t
+      loss = E (v_net(x_t, t) - v)^2,   the mean over pixels, x0, eps and t (more often near 1)
   Many pairs (x0, eps) give the same x_t. The squared error is smallest at the mean of their v, so
   the network learns E[v | x_t], and with it E[x0 | x_t] and E[eps | x_t]. Why v? At t = 1, x_t is
   eps, so to predict eps, as DDPM does, teaches nothing there. v asks for what x_t does not show: x0
@@ -37,10 +37,10 @@ Maths
   Sampling (`move`) starts from noise, at t = 1. A step to an earlier time, whose angle is b, splits
   x into the predicted x0 and eps, and mixes them again:
       x <- cos(b) x0 + sin(b) eps
-  Small steps follow dx/da = E[v | x]. Why does that end at digits? Many arcs cross at a point x,
-  each with a velocity of its own, of which E[v | x] is the mean. Whether they cross, or all turn to
-  their mean velocity, the flow into and out of each point is the same. So is the density at each t:
-  that of noise at t = 1, and so that of images at t = 0. The 50 steps are shortest near t = 1,
+  Small steps follow dx/da = E[v | x_t = x]. Why does that end at digits? Many arcs cross at a point
+  x, each at a velocity of its own. If each point moves at the mean of these instead, the flow into
+  and out of every place stays the same. So the density at each t stays the same, too: that of noise
+  at t = 1, and at t = 0 that of images. The 50 steps are shortest near t = 1,
   where it is decided what is drawn. 100 images take 1.3 seconds.
   Guidance. With --class-cond, the network is also told the label, except for one image in ten in
   training, so that it knows images without a label, too. Sampling follows
@@ -148,8 +148,8 @@ class Diffusion(nn.Module):
         """
         if x0_last is None:
             x0_last = torch.zeros_like(x_t)
-        angles = t[:, None] * self.freqs  # (B, n_embd / 2): t as the hands of slow and fast clocks
-        clocks = torch.cat([angles.cos(), angles.sin()], 1)  # (B, n_embd)
+        phases = t[:, None] * self.freqs  # (B, n_embd / 2): t as the hands of slow and fast clocks
+        clocks = torch.cat([phases.cos(), phases.sin()], 1)  # (B, n_embd)
         emb = self.time(clocks)
         if y is not None:
             emb = emb + self.label(y)
@@ -188,7 +188,7 @@ class Diffusion(nn.Module):
         B = len(x)
         if y is not None and self.training:  # hide 1 label in 10: guidance needs p(x), too
             y = torch.where(torch.rand(B, device=y.device) < 0.1, self.n_classes, y)
-        # B equal steps through [0, 1], from a random start: less variance than B independent u
+        # u: B equal steps through [0, 1] from a random start, less variance than B independent u
         u = (torch.arange(B, device=x.device) / B + torch.rand(1, device=x.device)) % 1
         # P(t < s) = P(u < s^2) = s^2, so t has density 2 t, which favours the noisy end,
         # where it is decided what is drawn
@@ -198,9 +198,9 @@ class Diffusion(nn.Module):
         a = self.angle(t)
         x_t = self.mix(x0, eps, t)
         v = a.cos() * eps - a.sin() * x0
-        # In half of the batches, the network is shown the x0 that it predicts without it. (detach,
-        # not torch.no_grad: in older versions of torch, the second pass would reuse weights that
-        # autocast has cached without gradients.)
+        # Self-conditioning. Sampling shows the network the x0 that it predicted last, which it only
+        # has to refine. So here it is shown its own prediction in half of the batches. (By detach:
+        # under torch.no_grad, older versions of torch would spoil what autocast caches.)
         x0_last = None
         if torch.rand(1, device="cpu") < 0.5:  # a coin on the CPU: no wait for the GPU
             x0_last, _ = self.split(x_t, self(x_t, t, y).detach(), t)
@@ -295,9 +295,9 @@ LR = 5e-3
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for a network's hidden matrices (Jordan et al. 2024).
 
-    The gradient of a matrix is dominated by a few directions, and plain momentum hardly moves along
-    the others, although what they could teach counts as much. Muon moves along all directions at
-    about the same speed. A kernel (out, in, h, w) counts as the matrix (out, in h w).
+    The gradient of a matrix is dominated by a few directions. Plain momentum hardly moves along the
+    others, which matter as well; Muon moves along all of them at about the same speed. A kernel
+    (out, in, h, w) counts as the matrix (out, in h w).
     """
 
     def __init__(self, weights, lr):
@@ -373,7 +373,7 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # scale a longer gradient down to norm 1, so that no step dominates the optimizers' averages
+    # a gradient of norm above 1 is scaled down to 1: no step dominates the optimizers' averages
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -398,8 +398,8 @@ def main(argv=None):
         samples = draw_samples(model, args.sample, args)
         save_images(samples, args.out_dir / "samples.npy")
         save_images(samples[:100], args.out_dir / "samples.png")
-        epochs = len(checkpoint["log"]) if "log" in checkpoint else "an unknown number of"
-        print(f"{args.out_dir}: samples.npy and samples.png, drawn after {epochs} epochs")
+        n_epochs = len(checkpoint.get("log", []))
+        print(f"{args.out_dir}: samples.npy and samples.png, drawn after {n_epochs} epochs")
         return
 
     path = args.out_dir / "model.pt"
@@ -411,10 +411,14 @@ def main(argv=None):
     if not args.resume:
         args.size = train_x.shape[-1]
         args.n_classes = int(train_y.max()) + 1 if args.class_cond else 0
+    n_samples = 100
     if args.dry_run:
         args.epochs = 1
-        train_x = train_x[: 2 * args.batch_size]
-        test_x = test_x[:200]
+        two_batches = 2 * args.batch_size
+        train_x = train_x[:two_batches]
+        test_x = test_x[:two_batches]
+        test_y = test_y[:two_batches]
+        n_samples = 4
     steps_per_epoch = len(train_x) // args.batch_size  # the images left over are skipped
     if steps_per_epoch == 0:
         sys.exit(f"--batch-size {args.batch_size} exceeds the {len(train_x)} training images")
@@ -429,7 +433,7 @@ def main(argv=None):
     model.to(args.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, args.lr)
-    log = []  # a dictionary of numbers per epoch
+    log = []  # grows by a dictionary of numbers per epoch
     if args.resume:
         log = checkpoint["log"]
         model.load_state_dict(checkpoint["model_in_training"])
@@ -442,7 +446,7 @@ def main(argv=None):
         model.compile()
 
     # Save before the first step, so that a disk that cannot be written to is noticed now.
-    names = ("epochs", "batch_size", "lr", "seed", "dataset", "dry_run")
+    names = ("epochs", "batch_size", "lr", "seed", "dataset", "data_dir", "dry_run")
     settings = {name: getattr(args, name) for name in names}
     run = {"script": NAME, "config": config, "settings": settings, "log": log}
     args.out_dir.mkdir(parents=True, exist_ok=True)
@@ -492,7 +496,7 @@ def main(argv=None):
         row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **metrics}
         if not all(math.isfinite(value) for value in row.values()):
             sys.exit(f"the loss of epoch {epoch} is not finite: --resume with a smaller --lr")
-        samples = draw_samples(ema, 100, args)
+        samples = draw_samples(ema, n_samples, args)
         if not samples.isfinite().all():
             sys.exit(f"the samples of epoch {epoch} are not finite: --resume with a smaller --lr")
 
@@ -527,7 +531,7 @@ def main(argv=None):
 
 
 def learning_rate(step, total_steps, peak):
-    """The rate at a step, from 1: up to peak in the first 2 % of the steps, then linearly to 0."""
+    """A rise to peak in the first 2 % of the steps, then a linear fall to almost 0 at the last."""
     warmup = max(1, round(0.02 * total_steps))
     return peak * min(step / warmup, (total_steps + 1 - step) / (total_steps + 1 - warmup))
 
@@ -605,7 +609,7 @@ def save_checkpoint(path, run, model, ema, optimizers):
 def parse_args(argv):
     """Parse argv (None: the command line) -> the settings, and a checkpoint or None.
 
-    --resume and --sample take the settings of the run as defaults, and refuse other values.
+    --resume and --sample start from the settings of the run, and refuse flags that contradict it.
     """
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
@@ -621,7 +625,7 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="random seed")
     add("--device", default=device, help="torch device: cpu, cuda, cuda:1, mps")
     add("--dataset", choices=datasets, default="MNIST", help="images to train on")
-    add("--data-dir", type=Path, help="folder of the data sets; None: data, beside common.py")
+    add("--data-dir", help="folder of the data sets; None: data, beside common.py")
     add("--out-dir", type=Path, default=Path("out", NAME), help="folder for all output")
     add("--class-cond", action="store_true", help="learn p(x | label) instead of p(x)")
     add("--compile", action="store_true", help="torch.compile: slow to start, may speed up steps")
@@ -632,7 +636,7 @@ def parse_args(argv):
     mode.add_argument("--sample", type=int, metavar="N", help="draw N images from that run")
     sizes = parser.add_argument_group("sizes of the model", Model.__doc__)
     for name, parameter in inspect.signature(Model).parameters.items():
-        if name not in ("size", "n_classes"):  # which the data decide
+        if name not in ("size", "n_classes"):  # the data decide
             flag = "--" + name.replace("_", "-")
             default = parameter.default
             sizes.add_argument(flag, type=type(default), default=default, help=" ")
@@ -647,13 +651,13 @@ def parse_args(argv):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         needed = "optimizers" if args.resume else "config"
         if needed not in checkpoint or checkpoint.get("script", NAME) != NAME:
-            parser.error(f"{path} is not a checkpoint of {NAME}.py with {needed}")
+            parser.error(f"{path} is no checkpoint of {NAME}.py, or lacks {needed}")
         saved = {**checkpoint.get("settings", {}), **checkpoint["config"]}
         saved["class_cond"] = saved.get("n_classes", 0) > 0
         # Parse again with these as defaults: a value that still differs was given as a flag.
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
-        may_differ = ["epochs", "lr", "batch_size"]
+        may_differ = ["epochs", "lr", "batch_size", "data_dir"]
         if args.sample:
             may_differ.append("seed")
         if args.class_cond and not saved["class_cond"]:

@@ -9,8 +9,8 @@ Idea
   and backpropagation carries that on to the weights of G. D and G take turns, one step each per
   batch.
   If even the best possible D can do no better than flip a coin, fakes are distributed like the
-  data. (A D that does no better early on is not the best one: it is kept weak, by one step per
-  batch and the penalty below. A small slope still shows G the way.)
+  data. (Early on, D does little better than that, too, as it is kept weak, by one step per batch
+  and the penalty below. A small slope still shows G the way.)
   Sampling takes one pass, and samples are usually sharp, because D would notice a blur.
   The price: nothing says how probable an image is, and no loss says whether fakes get better, as
   each depends on the opponent. Training may go round in circles, or one player may win. Or G may
@@ -26,15 +26,17 @@ Maths
       d_loss = E[ -log sigmoid(D(x)) ] + E[ -log(1 - sigmoid(D(G(z)))) ] + (gamma / 2) r1
       g_loss = E[ -log sigmoid(D(G(z))) ]
   The best D. The first two terms of d_loss are the cross-entropy of a classifier. At an image x,
-  with s = sigmoid(D(x)), they weigh -p_data(x) log s - p_fake(x) log(1 - s), which is smallest at
+  with s = sigmoid(D(x)), they contribute -p_data(x) log s - p_fake(x) log(1 - s), which is smallest
+  at
       s = p_data(x) / (p_data(x) + p_fake(x)),   that is, D(x) = log( p_data(x) / p_fake(x) ).
   If digits are three times as common at x as fakes, s = 0.75. So the best D is 0 everywhere exactly
-  if the two distributions are equal. Until then, G follows D uphill, to where data are more common.
-  (Without r1, d_loss at the best D is 2 log 2 - 2 JS: the Jensen-Shannon divergence of the two.)
-  Two losses for G. E[ log(1 - sigmoid(D(G(z)))) ], the opposite of d_loss, has the same minimum.
-  But its slope vanishes where G needs it most, on a fake that D recognises:
+  if the two distributions are equal. Until then, G follows D uphill, to where data are more common
+  relative to fakes. (Without r1, d_loss at the best D is 2 log 2 - 2 JS: the Jensen-Shannon
+  divergence of the two.) Two losses for G. E[ log(1 - sigmoid(D(G(z)))) ], the opposite of that
+  term of d_loss, has the same optimum. But it saturates: its slope vanishes where G needs it most,
+  on a fake that D recognises.
       slope with respect to D at D =         -5         0         5
-      of log(1 - sigmoid(D))             -0.007      -0.5    -0.993      (it saturates)
+      of log(1 - sigmoid(D))             -0.007      -0.5    -0.993
       of g_loss, -log sigmoid(D)         -0.993      -0.5    -0.007
   r1 = E |dD(x)/dx|^2 over real x: it penalises steep slopes near real images, so that fakes that
   get there are not pushed on. Without it, D pushes them past the data, learns the opposite slope,
@@ -51,7 +53,7 @@ What to expect
   near that early on, while samples go on improving. If d_loss nears 0, D has won; if fakes look
   alike, G has collapsed. The train loss in the log is d_loss + g_loss, which nothing minimises.
 
-Differences from the paper (Goodfellow et al. 2014, arXiv:1406.2661; with convolutions: DCGAN,
+Differences from the papers (Goodfellow et al. 2014, arXiv:1406.2661; with convolutions: DCGAN,
 Radford et al. 2015, arXiv:1511.06434)
   - layer norm in G and none in D, where DCGAN has batch norm
   - the penalty r1 (Mescheder et al. 2018, arXiv:1801.04406)
@@ -120,7 +122,7 @@ class Discriminator(nn.Module):
         h = F.leaky_relu(self.stem(x), 0.2)  # (B, C, 14, 14)
         h = F.leaky_relu(self.down(h), 0.2)  # (B, 2 C, 7, 7)
         h = F.leaky_relu(self.mix(h), 0.2)  # (B, 2 C, 7, 7)
-        logits = self.head(h.flatten(1)).float()  # (B, n_classes): an answer for each label
+        logits = self.head(h.flatten(1)).float()  # an answer for each label, or one
         if y is None:
             return logits[:, 0]
         return logits.gather(1, y[:, None])[:, 0]  # (B,): in row b, the answer for label y[b]
@@ -169,21 +171,21 @@ class GAN(nn.Module):
             slope = torch.autograd.grad(real.sum(), x, create_graph=True)[0]
             r1 = slope.square().sum() / len(x)
         # -log sigmoid(a) = softplus(-a) and -log(1 - sigmoid(a)) = softplus(a), where
-        # softplus(a) = log(1 + exp(a)). Written with sigmoid, this would be infinite for large |a|,
-        # where sigmoid(a) is rounded to 0 or 1.
+        # softplus(a) = log(1 + exp(a)): never infinite, though sigmoid(a) may be rounded to 0 or 1
         loss = F.softplus(-real).mean() + F.softplus(fake).mean() + self.gamma / 2 * r1
         metrics = {"d_loss": loss, "d_real": real.sigmoid().mean(), "d_fake": fake.sigmoid().mean()}
         return loss, {name: value.detach() for name, value in metrics.items()}
 
     def g_loss(self, n, y=None):
         """-> the generator's loss on n fakes with labels y (n,) or None, metrics."""
+        self.check_labels(n, y)
         # the gradient goes through the discriminator, whose weights stay as they are
         loss = F.softplus(-self.discriminator(self(n, y), y)).mean()
         return loss, {"g_loss": loss.detach()}
 
     def loss(self, x, y=None):
-        """The sum of both losses, and all metrics, for tests: nothing can be trained on a sum that
-        one player wants to be small and the other large."""
+        """The sum of both losses, and all metrics, for tests. (To minimise the sum would train the
+        discriminator to be fooled.)"""
         if self.training:
             raise ValueError("GAN.loss is for tests: train with d_loss and g_loss in turn")
         d_loss, d_metrics = self.d_loss(x, y)
@@ -200,8 +202,8 @@ class GAN(nn.Module):
     def pictures(self, x, y=None):
         """x (N, 1, H, W) images, y (N,) or None -> {name: pictures}:
 
-        interpolation  (10 N, 1, H, W): N rows, each from one fake to the next, with a label of y;
-                       of x, only N matters
+        interpolation  (10 N, 1, H, W): N rows, each from one z to the next, with a label of its own
+                       if there are any; of x, only N matters
         """
         a = torch.randn(len(x), 1, self.z_dim, device=x.device)
         b = a.roll(-1, 0)  # the z of the next fake
@@ -280,8 +282,8 @@ def main(argv=None):
         samples = draw_samples(model, args.sample, args)
         save_images(samples, args.out_dir / "samples.npy")
         save_images(samples[:100], args.out_dir / "samples.png")
-        epochs = len(checkpoint["log"]) if "log" in checkpoint else "an unknown number of"
-        print(f"{args.out_dir}: samples.npy and samples.png, drawn after {epochs} epochs")
+        n_epochs = len(checkpoint.get("log", []))
+        print(f"{args.out_dir}: samples.npy and samples.png, drawn after {n_epochs} epochs")
         return
 
     path = args.out_dir / "model.pt"
@@ -293,10 +295,14 @@ def main(argv=None):
     if not args.resume:
         args.size = train_x.shape[-1]
         args.n_classes = int(train_y.max()) + 1 if args.class_cond else 0
+    n_samples = 100
     if args.dry_run:
         args.epochs = 1
-        train_x = train_x[: 2 * args.batch_size]
-        test_x = test_x[:200]
+        two_batches = 2 * args.batch_size
+        train_x = train_x[:two_batches]
+        test_x = test_x[:two_batches]
+        test_y = test_y[:two_batches]
+        n_samples = 4
     steps_per_epoch = len(train_x) // args.batch_size  # the images left over are skipped
     if steps_per_epoch == 0:
         sys.exit(f"--batch-size {args.batch_size} exceeds the {len(train_x)} training images")
@@ -311,7 +317,7 @@ def main(argv=None):
     model.to(args.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, args.lr)
-    log = []  # a dictionary of numbers per epoch
+    log = []  # grows by a dictionary of numbers per epoch
     if args.resume:
         log = checkpoint["log"]
         model.load_state_dict(checkpoint["model_in_training"])
@@ -324,7 +330,7 @@ def main(argv=None):
         model.compile()
 
     # Save before the first step, so that a disk that cannot be written to is noticed now.
-    names = ("epochs", "batch_size", "lr", "seed", "dataset", "dry_run")
+    names = ("epochs", "batch_size", "lr", "seed", "dataset", "data_dir", "dry_run")
     settings = {name: getattr(args, name) for name in names}
     run = {"script": NAME, "config": config, "settings": settings, "log": log}
     args.out_dir.mkdir(parents=True, exist_ok=True)
@@ -374,7 +380,7 @@ def main(argv=None):
         row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **metrics}
         if not all(math.isfinite(value) for value in row.values()):
             sys.exit(f"the loss of epoch {epoch} is not finite: --resume with a smaller --lr")
-        samples = draw_samples(ema, 100, args)
+        samples = draw_samples(ema, n_samples, args)
         if not samples.isfinite().all():
             sys.exit(f"the samples of epoch {epoch} are not finite: --resume with a smaller --lr")
 
@@ -409,7 +415,7 @@ def main(argv=None):
 
 
 def learning_rate(step, total_steps, peak):
-    """The rate at a step, from 1: up to peak in the first 2 % of the steps, then linearly to 0."""
+    """A rise to peak in the first 2 % of the steps, then a linear fall to almost 0 at the last."""
     warmup = max(1, round(0.02 * total_steps))
     return peak * min(step / warmup, (total_steps + 1 - step) / (total_steps + 1 - warmup))
 
@@ -487,7 +493,7 @@ def save_checkpoint(path, run, model, ema, optimizers):
 def parse_args(argv):
     """Parse argv (None: the command line) -> the settings, and a checkpoint or None.
 
-    --resume and --sample take the settings of the run as defaults, and refuse other values.
+    --resume and --sample start from the settings of the run, and refuse flags that contradict it.
     """
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
@@ -503,7 +509,7 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="random seed")
     add("--device", default=device, help="torch device: cpu, cuda, cuda:1, mps")
     add("--dataset", choices=datasets, default="MNIST", help="images to train on")
-    add("--data-dir", type=Path, help="folder of the data sets; None: data, beside common.py")
+    add("--data-dir", help="folder of the data sets; None: data, beside common.py")
     add("--out-dir", type=Path, default=Path("out", NAME), help="folder for all output")
     add("--class-cond", action="store_true", help="learn p(x | label) instead of p(x)")
     add("--compile", action="store_true", help="torch.compile: slow to start, may speed up steps")
@@ -514,7 +520,7 @@ def parse_args(argv):
     mode.add_argument("--sample", type=int, metavar="N", help="draw N images from that run")
     sizes = parser.add_argument_group("sizes of the model", Model.__doc__)
     for name, parameter in inspect.signature(Model).parameters.items():
-        if name not in ("size", "n_classes"):  # which the data decide
+        if name not in ("size", "n_classes"):  # the data decide
             flag = "--" + name.replace("_", "-")
             default = parameter.default
             sizes.add_argument(flag, type=type(default), default=default, help=" ")
@@ -529,13 +535,13 @@ def parse_args(argv):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         needed = "optimizers" if args.resume else "config"
         if needed not in checkpoint or checkpoint.get("script", NAME) != NAME:
-            parser.error(f"{path} is not a checkpoint of {NAME}.py with {needed}")
+            parser.error(f"{path} is no checkpoint of {NAME}.py, or lacks {needed}")
         saved = {**checkpoint.get("settings", {}), **checkpoint["config"]}
         saved["class_cond"] = saved.get("n_classes", 0) > 0
         # Parse again with these as defaults: a value that still differs was given as a flag.
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
-        may_differ = ["epochs", "lr", "batch_size"]
+        may_differ = ["epochs", "lr", "batch_size", "data_dir"]
         if args.sample:
             may_differ.append("seed")
         if args.class_cond and not saved["class_cond"]:

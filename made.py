@@ -14,8 +14,8 @@ Idea
   model trains fastest. The price: no weight is shared between places in the image, as in a
   convolution, so it needs 8 million weights (half of them masked), where pixelcnn.py has 120,000.
 
-  Four pixels, three hidden units, 1 = connected. In brackets, degrees: the number of first pixels
-  that a unit may depend on. A row may see a column if its degree is at least as large:
+  Four pixels, three hidden units, 1 = connected. In brackets, degrees: how many leading
+  pixels a unit may depend on. A row may see a column if its degree is at least as large:
 
               x0  x1  x2  x3                    h1  h2  h3
               (1) (2) (3) (4)                   (1) (2) (3)
@@ -33,8 +33,8 @@ Maths
   is a sum of binary cross-entropies, and exact. Its mean over the data's distribution p_data is
       E[-log p(x)] = E[-log p_data(x)] + E[log(p_data(x) / p(x))] = entropy + KL(p_data || p).
   No model changes the entropy. The KL divergence is 0 if p equals p_data, and positive otherwise.
-  Network. Degrees never fall along a path, so the rule keeps out of output i what is not in x_<i,
-  through any number of layers. The hidden units have the degrees 1 to 783, two units each. After
+  Network. Degrees never fall along a path, so output i sees nothing but x_<i, through any number of
+  layers. The hidden units have the degrees 1 to 783, about two units each. After
   the first layer comes a residual block, h + f(h), which trains more easily than f alone: f is
   ReLU, masked layer, ReLU, masked layer. Unit k of f(h) is added to unit k of h, so all its layers
   have the same degrees. One more masked layer, `direct`, leads from the pixels to the outputs,
@@ -43,18 +43,19 @@ Maths
   a whole pass in each, and uses one of its outputs. But once x_i is drawn, the units of degree i +
   1 can be computed, and never change again: in the figure, x0 gives h1, and h1 gives out1. Units
   are sorted by degree, so a step computes one slice of each layer (`part`) and keeps it in `cache`.
-  All 784 steps cost one pass: 0.13 seconds for 100 images. Each pixel is drawn at random. Always
-  taking the likelier value gives a blank image: while all is black so far, black is the likelier
-  value at every pixel, so no stroke would ever start. The first rows can be given, as `top`.
-  Binarisation. loss() takes grey levels, from 0 (black) to 1 (white), and draws each pixel: 0.7
-  becomes 1 with probability 0.7, anew each time an image is used. The networks see only 0 and 1.
+  All 784 steps together take less arithmetic than one pass: 0.13 seconds for 100 images. Each pixel
+  is drawn at random. Always taking the likelier value gives a blank image: while all is black so
+  far, black is the likelier value at every pixel, so no stroke would ever start. The first rows can
+  be given, as `top`. Binarisation. loss() takes grey levels, from 0 (black) to 1 (white), and draws
+  each pixel: 0.7 becomes 1 with probability 0.7, anew each time an image is used. The network sees
+  only 0 and 1.
 
 What to expect
   nll is in nats (natural logarithms) per image; bpd = nll / (784 log 2), bits per pixel.
   Probability 1/2 for every pixel gives 784 log 2 = 543; how often each pixel is white in the
-  training images gives 206; this script 85.8; the best published model of this kind 78.6. Far below
-  that, there is a leak: outputs see their own pixels. Nothing honest gets below 45.5: even a model
-  that knew the grey levels would have to predict the coin flips that make them binary.
+  training images gives 206; this script 85.8; the best published model of this kind 78.6. A figure
+  far below that means a leak: outputs see their own pixels. Nothing honest gets below 45.5: even a
+  model that knew the grey levels would have to predict the coin flips that make them binary.
 
 Differences from the paper (Germain et al. 2015, arXiv:1502.03509)
   - residual blocks (Nash and Durkan 2019, arXiv:1904.05626)
@@ -261,7 +262,7 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # scale a longer gradient down to norm 1, so that no step dominates the optimizers' averages
+    # a gradient of norm above 1 is scaled down to 1: no step dominates the optimizers' averages
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -286,8 +287,8 @@ def main(argv=None):
         samples = draw_samples(model, args.sample, args)
         save_images(samples, args.out_dir / "samples.npy")
         save_images(samples[:100], args.out_dir / "samples.png")
-        epochs = len(checkpoint["log"]) if "log" in checkpoint else "an unknown number of"
-        print(f"{args.out_dir}: samples.npy and samples.png, drawn after {epochs} epochs")
+        n_epochs = len(checkpoint.get("log", []))
+        print(f"{args.out_dir}: samples.npy and samples.png, drawn after {n_epochs} epochs")
         return
 
     path = args.out_dir / "model.pt"
@@ -299,10 +300,14 @@ def main(argv=None):
     if not args.resume:
         args.size = train_x.shape[-1]
         args.n_classes = int(train_y.max()) + 1 if args.class_cond else 0
+    n_samples = 100
     if args.dry_run:
         args.epochs = 1
-        train_x = train_x[: 2 * args.batch_size]
-        test_x = test_x[:200]
+        two_batches = 2 * args.batch_size
+        train_x = train_x[:two_batches]
+        test_x = test_x[:two_batches]
+        test_y = test_y[:two_batches]
+        n_samples = 4
     steps_per_epoch = len(train_x) // args.batch_size  # the images left over are skipped
     if steps_per_epoch == 0:
         sys.exit(f"--batch-size {args.batch_size} exceeds the {len(train_x)} training images")
@@ -317,7 +322,7 @@ def main(argv=None):
     model.to(args.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, args.lr)
-    log = []  # a dictionary of numbers per epoch
+    log = []  # grows by a dictionary of numbers per epoch
     if args.resume:
         log = checkpoint["log"]
         model.load_state_dict(checkpoint["model_in_training"])
@@ -330,7 +335,7 @@ def main(argv=None):
         model.compile()
 
     # Save before the first step, so that a disk that cannot be written to is noticed now.
-    names = ("epochs", "batch_size", "lr", "seed", "dataset", "dry_run")
+    names = ("epochs", "batch_size", "lr", "seed", "dataset", "data_dir", "dry_run")
     settings = {name: getattr(args, name) for name in names}
     run = {"script": NAME, "config": config, "settings": settings, "log": log}
     args.out_dir.mkdir(parents=True, exist_ok=True)
@@ -380,7 +385,7 @@ def main(argv=None):
         row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **metrics}
         if not all(math.isfinite(value) for value in row.values()):
             sys.exit(f"the loss of epoch {epoch} is not finite: --resume with a smaller --lr")
-        samples = draw_samples(ema, 100, args)
+        samples = draw_samples(ema, n_samples, args)
         if not samples.isfinite().all():
             sys.exit(f"the samples of epoch {epoch} are not finite: --resume with a smaller --lr")
 
@@ -415,7 +420,7 @@ def main(argv=None):
 
 
 def learning_rate(step, total_steps, peak):
-    """The rate at a step, from 1: up to peak in the first 2 % of the steps, then linearly to 0."""
+    """A rise to peak in the first 2 % of the steps, then a linear fall to almost 0 at the last."""
     warmup = max(1, round(0.02 * total_steps))
     return peak * min(step / warmup, (total_steps + 1 - step) / (total_steps + 1 - warmup))
 
@@ -493,7 +498,7 @@ def save_checkpoint(path, run, model, ema, optimizers):
 def parse_args(argv):
     """Parse argv (None: the command line) -> the settings, and a checkpoint or None.
 
-    --resume and --sample take the settings of the run as defaults, and refuse other values.
+    --resume and --sample start from the settings of the run, and refuse flags that contradict it.
     """
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
@@ -509,7 +514,7 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="random seed")
     add("--device", default=device, help="torch device: cpu, cuda, cuda:1, mps")
     add("--dataset", choices=datasets, default="MNIST", help="images to train on")
-    add("--data-dir", type=Path, help="folder of the data sets; None: data, beside common.py")
+    add("--data-dir", help="folder of the data sets; None: data, beside common.py")
     add("--out-dir", type=Path, default=Path("out", NAME), help="folder for all output")
     add("--class-cond", action="store_true", help="learn p(x | label) instead of p(x)")
     add("--compile", action="store_true", help="torch.compile: slow to start, may speed up steps")
@@ -520,7 +525,7 @@ def parse_args(argv):
     mode.add_argument("--sample", type=int, metavar="N", help="draw N images from that run")
     sizes = parser.add_argument_group("sizes of the model", Model.__doc__)
     for name, parameter in inspect.signature(Model).parameters.items():
-        if name not in ("size", "n_classes"):  # which the data decide
+        if name not in ("size", "n_classes"):  # the data decide
             flag = "--" + name.replace("_", "-")
             default = parameter.default
             sizes.add_argument(flag, type=type(default), default=default, help=" ")
@@ -535,13 +540,13 @@ def parse_args(argv):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         needed = "optimizers" if args.resume else "config"
         if needed not in checkpoint or checkpoint.get("script", NAME) != NAME:
-            parser.error(f"{path} is not a checkpoint of {NAME}.py with {needed}")
+            parser.error(f"{path} is no checkpoint of {NAME}.py, or lacks {needed}")
         saved = {**checkpoint.get("settings", {}), **checkpoint["config"]}
         saved["class_cond"] = saved.get("n_classes", 0) > 0
         # Parse again with these as defaults: a value that still differs was given as a flag.
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
-        may_differ = ["epochs", "lr", "batch_size"]
+        may_differ = ["epochs", "lr", "batch_size", "data_dir"]
         if args.sample:
             may_differ.append("seed")
         if args.class_cond and not saved["class_cond"]:

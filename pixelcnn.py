@@ -257,9 +257,9 @@ LR = 1e-2
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalised updates, for a network's hidden matrices (Jordan et al. 2024).
 
-    The gradient of a matrix is dominated by a few directions, and plain momentum hardly moves along
-    the others, although what they could teach counts as much. Muon moves along all directions at
-    about the same speed. A kernel (out, in, h, w) counts as the matrix (out, in h w).
+    The gradient of a matrix is dominated by a few directions. Plain momentum hardly moves along the
+    others, which matter as well; Muon moves along all of them at about the same speed. A kernel
+    (out, in, h, w) counts as the matrix (out, in h w).
     """
 
     def __init__(self, weights, lr):
@@ -334,7 +334,7 @@ def train_step(model, optimizers, autocast, x, y):
     with autocast:
         loss, _ = model.loss(x, y)
     loss.backward()
-    # scale a longer gradient down to norm 1, so that no step dominates the optimizers' averages
+    # a gradient of norm above 1 is scaled down to 1: no step dominates the optimizers' averages
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
     for optimizer in optimizers:
         optimizer.step()
@@ -359,8 +359,8 @@ def main(argv=None):
         samples = draw_samples(model, args.sample, args)
         save_images(samples, args.out_dir / "samples.npy")
         save_images(samples[:100], args.out_dir / "samples.png")
-        epochs = len(checkpoint["log"]) if "log" in checkpoint else "an unknown number of"
-        print(f"{args.out_dir}: samples.npy and samples.png, drawn after {epochs} epochs")
+        n_epochs = len(checkpoint.get("log", []))
+        print(f"{args.out_dir}: samples.npy and samples.png, drawn after {n_epochs} epochs")
         return
 
     path = args.out_dir / "model.pt"
@@ -372,10 +372,14 @@ def main(argv=None):
     if not args.resume:
         args.size = train_x.shape[-1]
         args.n_classes = int(train_y.max()) + 1 if args.class_cond else 0
+    n_samples = 100
     if args.dry_run:
         args.epochs = 1
-        train_x = train_x[: 2 * args.batch_size]
-        test_x = test_x[:200]
+        two_batches = 2 * args.batch_size
+        train_x = train_x[:two_batches]
+        test_x = test_x[:two_batches]
+        test_y = test_y[:two_batches]
+        n_samples = 4
     steps_per_epoch = len(train_x) // args.batch_size  # the images left over are skipped
     if steps_per_epoch == 0:
         sys.exit(f"--batch-size {args.batch_size} exceeds the {len(train_x)} training images")
@@ -390,7 +394,7 @@ def main(argv=None):
     model.to(args.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, args.lr)
-    log = []  # a dictionary of numbers per epoch
+    log = []  # grows by a dictionary of numbers per epoch
     if args.resume:
         log = checkpoint["log"]
         model.load_state_dict(checkpoint["model_in_training"])
@@ -403,7 +407,7 @@ def main(argv=None):
         model.compile()
 
     # Save before the first step, so that a disk that cannot be written to is noticed now.
-    names = ("epochs", "batch_size", "lr", "seed", "dataset", "dry_run")
+    names = ("epochs", "batch_size", "lr", "seed", "dataset", "data_dir", "dry_run")
     settings = {name: getattr(args, name) for name in names}
     run = {"script": NAME, "config": config, "settings": settings, "log": log}
     args.out_dir.mkdir(parents=True, exist_ok=True)
@@ -453,7 +457,7 @@ def main(argv=None):
         row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **metrics}
         if not all(math.isfinite(value) for value in row.values()):
             sys.exit(f"the loss of epoch {epoch} is not finite: --resume with a smaller --lr")
-        samples = draw_samples(ema, 100, args)
+        samples = draw_samples(ema, n_samples, args)
         if not samples.isfinite().all():
             sys.exit(f"the samples of epoch {epoch} are not finite: --resume with a smaller --lr")
 
@@ -488,7 +492,7 @@ def main(argv=None):
 
 
 def learning_rate(step, total_steps, peak):
-    """The rate at a step, from 1: up to peak in the first 2 % of the steps, then linearly to 0."""
+    """A rise to peak in the first 2 % of the steps, then a linear fall to almost 0 at the last."""
     warmup = max(1, round(0.02 * total_steps))
     return peak * min(step / warmup, (total_steps + 1 - step) / (total_steps + 1 - warmup))
 
@@ -566,7 +570,7 @@ def save_checkpoint(path, run, model, ema, optimizers):
 def parse_args(argv):
     """Parse argv (None: the command line) -> the settings, and a checkpoint or None.
 
-    --resume and --sample take the settings of the run as defaults, and refuse other values.
+    --resume and --sample start from the settings of the run, and refuse flags that contradict it.
     """
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,
@@ -582,7 +586,7 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="random seed")
     add("--device", default=device, help="torch device: cpu, cuda, cuda:1, mps")
     add("--dataset", choices=datasets, default="MNIST", help="images to train on")
-    add("--data-dir", type=Path, help="folder of the data sets; None: data, beside common.py")
+    add("--data-dir", help="folder of the data sets; None: data, beside common.py")
     add("--out-dir", type=Path, default=Path("out", NAME), help="folder for all output")
     add("--class-cond", action="store_true", help="learn p(x | label) instead of p(x)")
     add("--compile", action="store_true", help="torch.compile: slow to start, may speed up steps")
@@ -593,7 +597,7 @@ def parse_args(argv):
     mode.add_argument("--sample", type=int, metavar="N", help="draw N images from that run")
     sizes = parser.add_argument_group("sizes of the model", Model.__doc__)
     for name, parameter in inspect.signature(Model).parameters.items():
-        if name not in ("size", "n_classes"):  # which the data decide
+        if name not in ("size", "n_classes"):  # the data decide
             flag = "--" + name.replace("_", "-")
             default = parameter.default
             sizes.add_argument(flag, type=type(default), default=default, help=" ")
@@ -608,13 +612,13 @@ def parse_args(argv):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         needed = "optimizers" if args.resume else "config"
         if needed not in checkpoint or checkpoint.get("script", NAME) != NAME:
-            parser.error(f"{path} is not a checkpoint of {NAME}.py with {needed}")
+            parser.error(f"{path} is no checkpoint of {NAME}.py, or lacks {needed}")
         saved = {**checkpoint.get("settings", {}), **checkpoint["config"]}
         saved["class_cond"] = saved.get("n_classes", 0) > 0
         # Parse again with these as defaults: a value that still differs was given as a flag.
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
-        may_differ = ["epochs", "lr", "batch_size"]
+        may_differ = ["epochs", "lr", "batch_size", "data_dir"]
         if args.sample:
             may_differ.append("seed")
         if args.class_cond and not saved["class_cond"]:

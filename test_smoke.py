@@ -42,7 +42,7 @@ def test_script_trains_and_samples(name, monkeypatch, capsys, tmp_path):
         data = [part[..., ::2, ::2] if part.ndim == 4 else part for part in common.load_mnist()]
         monkeypatch.setattr(common, "load_mnist", lambda *_: data)
     monkeypatch.chdir(tmp_path)
-    flags = ["--dry-run", "--class-cond", "--batch-size", "16", "--device", "cpu"]
+    flags = ["--dry-run", "--class-cond", "--batch-size", "4", "--device", "cpu"]
     out = run(monkeypatch, capsys, name, *flags, *SMALLER.get(name, []))
     line = r"epoch   1/1 \| train loss [\d.]+ \| test (\w+ [\d.e-]+ )+\| [\d.]+ s \| [\d,]+ img/s"
     assert re.search(line, out)

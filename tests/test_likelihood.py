@@ -84,16 +84,16 @@ def test_made_tells_each_output_of_the_pixel_before_it():
     assert jacobian(model).diagonal(-1).all()
 
 
-@pytest.mark.parametrize("n_classes, rows", [(0, 0), (0, 2), (10, 4)])
+@pytest.mark.parametrize("n_classes, rows", [(0, 0), (10, 3)])
 @six
 def test_fast_sampling_is_slow_sampling(name, n_classes, rows):
     model = trained(name, size=7, n_classes=n_classes)
-    y = torch.tensor([3, 1, 4]) if n_classes > 0 else None
-    top = binary(3, 1, rows, 7)
+    y = torch.arange(20) % 10 if n_classes > 0 else None
+    top = binary(20, 1, rows, 7)
     torch.manual_seed(1)
-    slow = slow_sample(model, 3, y, top)
+    slow = slow_sample(model, 20, y, top)
     torch.manual_seed(1)
-    assert torch.equal(model.sample(3, y, top), slow)
+    assert torch.equal(model.sample(20, y, top), slow)
     assert 0.02 < slow.mean() < 0.98
 
 

@@ -272,10 +272,13 @@ def test_weights_that_require_no_gradient_stay_as_they_are(name):
         p.requires_grad_(False)
     expected = {key for key, p in weights if p.requires_grad}
     assert moved(model, lambda: train(name, model, 1e-3)) == expected
+    for optimizer in importlib.import_module(name).make_optimizers(model, 1e-3):
+        for group in optimizer.param_groups:
+            assert all(p.requires_grad for p in group["params"])
 
 
-# what each pixel is on its own costs 37.7 nats in the small images, and 206 in whole ones
-GOALS = dict.fromkeys(AUTOREGRESSIVE, 37) | {"vae": 200, "vqvae": 200, "diffusion": 0.4}
+# To know of each pixel how often it is white costs 37.6 nats for small images, 206 for whole ones.
+GOALS = dict.fromkeys(AUTOREGRESSIVE, 37) | {"vae": 200, "vqvae": 200, "diffusion": 0.45}
 
 
 @pytest.mark.parametrize("name", GOALS)
@@ -288,9 +291,9 @@ def test_learns(name):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = module.LR * (1 - step / 100)
-        x = train_x[torch.randint(4096, (32,))]
+        x = train_x[torch.randint(4096, (24,))]
         module.train_step(model, optimizers, FLOAT32, x, None)
-    metrics = module.evaluate(model.eval(), test_x[:1000], None)
+    metrics = module.evaluate(model.eval(), test_x[::10], None)
     print(name, metrics)
     assert metrics[METRIC[name]] < GOALS[name]
 
@@ -415,6 +418,12 @@ def test_gan_has_no_loss_to_train_on():
     with torch.no_grad():  # as in evaluation
         _, metrics = model.eval().loss(x)
     assert metrics.keys() == {"d_loss", "g_loss", "d_real", "d_fake"}
+
+
+def test_gan_discriminator_has_an_answer_for_each_label():
+    model = tiny("gan", size=8, n_classes=10)
+    x = torch.randn(1, 1, 8, 8).expand(10, 1, 8, 8)
+    assert len(model.discriminator(x, torch.arange(10)).unique()) == 10
 
 
 def step_by_hand(optimizer, loss):

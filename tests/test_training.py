@@ -177,6 +177,13 @@ def test_learning_rate_rises_to_the_peak_and_falls_to_zero():
     assert vae.learning_rate(1, 1, 0.5) == 0.5
 
 
+def test_learning_rate_is_that_of_all_epochs_together(small, monkeypatch):
+    monkeypatch.setattr(vae, "learning_rate", Mock(wraps=vae.learning_rate))
+    small("vae", "--epochs", 2, "--batch-size", 100, "--lr", 0.1)
+    steps = {call.args: None for call in vae.learning_rate.call_args_list}
+    assert list(steps) == [(step, 6, 0.1) for step in range(1, 7)]
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_training_in_bfloat16_is_close_to_float32(name):
     module = importlib.import_module(name)
@@ -186,12 +193,12 @@ def test_training_in_bfloat16_is_close_to_float32(name):
     for enabled in (False, True):
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=enabled)
         model = tiny(name, size=8, n_classes=10)
-        optimizers = module.make_optimizers(model, 1e-3)
+        optimizers = module.make_optimizers(model, module.LR)
         for i in range(10):
             x, y = (part[64 * i : 64 * (i + 1)] for part in SMALL[:2])
             loss = module.train_step(model, optimizers, autocast, x, y)
         losses.append(float(loss))
-    assert 0 < abs(losses[0] - losses[1]) < 0.002 * losses[0]
+    assert 0 < abs(losses[0] - losses[1]) < 0.005 * losses[0]
 
 
 # ---------------------------------------------------------------- averages
@@ -213,6 +220,22 @@ def test_ema_forgets_the_untrained_weights_and_copies_buffers():
     vae.update_ema(ema, model, 1)
     assert abs(ema.weight.item() - 7) < 1e-4
     assert ema.running_mean == 7
+
+
+def test_average_of_the_weights_is_saved_and_tested(small):
+    small("vae", "--epochs", 1)
+    saved = load()
+    assert not equal(saved["model"], saved["model_in_training"])
+    model = tiny("vae", size=8)
+    model.load_state_dict(saved["model"])
+    metrics = vae.evaluate(model, *common.load_mnist()[2:])
+    assert {name: saved["log"][0][name] for name in metrics} == pytest.approx(metrics, rel=1e-5)
+
+
+def test_train_loss_is_the_mean_over_the_steps(small, monkeypatch):
+    monkeypatch.setattr(vae, "train_step", Mock(side_effect=torch.tensor([1.0, 2.0, 6.0])))
+    small("vae", "--epochs", 1, "--batch-size", 100)
+    assert load()["log"][0]["train_loss"] == 3
 
 
 def test_evaluate_counts_every_image_once():
@@ -338,7 +361,7 @@ def test_dry_run_is_one_epoch_of_two_batches_of_everything(small, monkeypatch):
     monkeypatch.setattr(vae, "evaluate", Mock(wraps=vae.evaluate))
     small("vae", "--dry-run", "--epochs", 5)
     assert vae.train_step.call_count == 2
-    assert [len(call.args[1]) for call in vae.evaluate.call_args_list] == [200]
+    assert [len(call.args[1]) for call in vae.evaluate.call_args_list] == [128]
 
 
 def test_dry_run_can_be_repeated_and_leaves_the_run_alone(small):
@@ -392,7 +415,7 @@ def test_file_that_is_no_checkpoint_of_the_script_is_refused(small, refused):
         torch.save(content, "model.pt")
         for flag in ("--resume", "--sample 3"):
             text = refused(f"{flag} --out-dir .")
-            assert "model.pt is not a checkpoint of vae.py with" in text
+            assert "model.pt is no checkpoint of vae.py" in text
 
 
 CONTRADICTIONS = {
@@ -438,7 +461,9 @@ def test_resume_goes_on_as_the_run_was_started(small):
     small("vae", "--epochs", 1, "--batch-size", 50, "--class-cond", "--seed", 3, "--lr", 1e-3)
     again("--resume --epochs 2")
     saved = load()
-    expected = dict(epochs=2, batch_size=50, lr=1e-3, seed=3, dataset="MNIST", dry_run=False)
+    expected = dict(
+        epochs=2, batch_size=50, lr=1e-3, seed=3, dataset="MNIST", data_dir=None, dry_run=False
+    )
     assert saved["settings"] == expected
     assert saved["config"] == {**SIZES["vae"], "size": 8, "n_classes": 10}
     assert [row["epoch"] for row in saved["log"]] == [1, 2]
