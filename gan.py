@@ -230,9 +230,8 @@ LR = 3e-3
 
 
 def make_optimizers(model, lr):
-    """An optimizer for each player, without momentum (the first of the betas is 0), which would
-    go on in directions that were right against the opponent as it was some steps ago.
-    """
+    """An optimizer for each player, without momentum (the first of the betas is 0): it would go on
+    in directions that were right against the opponent as it was some steps ago."""
     optimizers = []
     for player in model.discriminator, model.generator:
         trained = [weight for weight in player.parameters() if weight.requires_grad]

@@ -9,18 +9,15 @@ import os
 import re
 import runpy
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import AUTOREGRESSIVE, ROOT, SCRIPTS
 from PIL import Image
 
 import common
 
-ROOT = Path(__file__).parent
-AUTOREGRESSIVE = ["rnn", "made", "wavenet", "pixelcnn", "gatedcnn", "transformer"]
-SCRIPTS = [*AUTOREGRESSIVE, "vae", "vqvae", "gan", "diffusion"]
 SMALLER = {"diffusion": ["--channels", "8", "--n-inner", "1"], "gatedcnn": ["--channels", "8"]}
 
 
