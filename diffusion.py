@@ -281,11 +281,13 @@ class Diffusion(nn.Module):
         n_labels = 0 if y is None else len(y)
         expected = n if self.n_classes > 0 else 0
         if n_labels != expected:
-            raise ValueError(f"n_classes is {self.n_classes}: y must hold {expected} labels")
+            raise ValueError(
+                f"y must hold {expected} labels, not {n_labels}: n_classes is {self.n_classes}"
+            )
 
 
 # ---------------------------------------------------------------- recipe
-NAME = "diffusion"  # of the folder in out/, and in checkpoints
+NAME = "diffusion"  # names the folder in out/ and marks checkpoints
 Model = Diffusion
 EPOCHS = 10
 BATCH_SIZE = 64

@@ -119,8 +119,8 @@ class GatedBlock(nn.Module):
 class GatedPixelCNN(nn.Module):
     """A vertical and a horizontal stack of gated convolutions over the image.
 
-    channels: length of a pixel's vector in each stack; n_layer: blocks; kernel: width k of
-    the kernels of v, odd, at least 3; size: pixels per side; n_classes: number of labels, or 0
+    channels: length of a pixel's vector in each stack; n_layer: blocks; kernel: side k of the
+    kernels, odd, at least 3; size: pixels per side; n_classes: number of labels, or 0
     """
 
     def __init__(self, *, channels=32, n_layer=4, kernel=5, size=28, n_classes=0):
@@ -274,11 +274,13 @@ class GatedPixelCNN(nn.Module):
         n_labels = 0 if y is None else len(y)
         expected = n if self.n_classes > 0 else 0
         if n_labels != expected:
-            raise ValueError(f"n_classes is {self.n_classes}: y must hold {expected} labels")
+            raise ValueError(
+                f"y must hold {expected} labels, not {n_labels}: n_classes is {self.n_classes}"
+            )
 
 
 # ---------------------------------------------------------------- recipe
-NAME = "gatedcnn"  # of the folder in out/, and in checkpoints
+NAME = "gatedcnn"  # names the folder in out/ and marks checkpoints
 Model = GatedPixelCNN
 EPOCHS = 5
 BATCH_SIZE = 64

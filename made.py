@@ -235,11 +235,13 @@ class MADE(nn.Module):
         n_labels = 0 if y is None else len(y)
         expected = n if self.n_classes > 0 else 0
         if n_labels != expected:
-            raise ValueError(f"n_classes is {self.n_classes}: y must hold {expected} labels")
+            raise ValueError(
+                f"y must hold {expected} labels, not {n_labels}: n_classes is {self.n_classes}"
+            )
 
 
 # ---------------------------------------------------------------- recipe
-NAME = "made"  # of the folder in out/, and in checkpoints
+NAME = "made"  # names the folder in out/ and marks checkpoints
 Model = MADE
 EPOCHS = 20
 BATCH_SIZE = 128

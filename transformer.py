@@ -235,11 +235,13 @@ class PixelTransformer(nn.Module):
         n_labels = 0 if y is None else len(y)
         expected = n if self.n_classes > 0 else 0
         if n_labels != expected:
-            raise ValueError(f"n_classes is {self.n_classes}: y must hold {expected} labels")
+            raise ValueError(
+                f"y must hold {expected} labels, not {n_labels}: n_classes is {self.n_classes}"
+            )
 
 
 # ---------------------------------------------------------------- recipe
-NAME = "transformer"  # of the folder in out/, and in checkpoints
+NAME = "transformer"  # names the folder in out/ and marks checkpoints
 Model = PixelTransformer
 EPOCHS = 4
 BATCH_SIZE = 64

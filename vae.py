@@ -37,7 +37,7 @@ Maths
   E_q[log q - log p], never negative, says how far q is from p. How much is lost? By Bayes' rule p(x
   | z) p(z) = p(z | x) p(x), so
       ELBO = log p(x) - KL( q(z | x) || p(z | x) ):
-  nothing if q is the true posterior p(z | x), to which a Gaussian can only come near.
+  nothing if q is the true posterior p(z | x), which a Gaussian can only approximate.
   What is minimised is neg_elbo = -ELBO = recon + kl, in nats (natural logarithms) per image:
       recon = -E_q[ sum_i log p(x_i | z) ],   p(x_i = 1 | z) = sigmoid(logits_i), one draw of z
       kl    = sum over the numbers in z of (mu^2 + sigma^2 - 1 - log sigma^2) / 2
@@ -56,7 +56,8 @@ What to expect
   are summed over pixels and over z, then averaged over images. Averaging them over pixels and over
   z is a common mistake: it weights kl 784 / 32 = 24.5 times too much, so codes carry next to
   nothing (kl near 0), and all samples look like the average digit. Reconstructions look better than
-  samples: the q leave gaps in the prior, and a z from a gap decodes to something between digits.
+  samples: the q(z | x) leave gaps in the prior, and a z from a gap decodes to something between
+  digits.
 
 Differences from the paper (Kingma and Welling 2013, arXiv:1312.6114)
   - convolutions in residual blocks, where encoder and decoder have one hidden layer each
@@ -164,7 +165,7 @@ class VAE(nn.Module):
         self.check_labels(len(x), y)
         x = torch.bernoulli(x)
         logits, mu, logvar = self(x, y)
-        # recon = -log p(x | z)
+        # recon = -log p(x | z), a mean over images
         recon = F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
         # kl = 1/2 sum_j (mu_j^2 + sigma_j^2 - 1 - log sigma_j^2)
         kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(1).mean()
@@ -226,11 +227,13 @@ class VAE(nn.Module):
         n_labels = 0 if y is None else len(y)
         expected = n if self.n_classes > 0 else 0
         if n_labels != expected:
-            raise ValueError(f"n_classes is {self.n_classes}: y must hold {expected} labels")
+            raise ValueError(
+                f"y must hold {expected} labels, not {n_labels}: n_classes is {self.n_classes}"
+            )
 
 
 # ---------------------------------------------------------------- recipe
-NAME = "vae"  # of the folder in out/, and in checkpoints
+NAME = "vae"  # names the folder in out/ and marks checkpoints
 Model = VAE
 EPOCHS = 30
 BATCH_SIZE = 64

@@ -108,6 +108,7 @@ def test_loading_lines_of_the_readme_complete_an_image(monkeypatch, tmp_path):
     images = IMAGES[2][:4].round()
     space = {"images": images}
     exec(code.replace("64", "4"), space)
+    assert space["nll"] > 0
     assert torch.equal(space["whole_images"][:, :, :14], images[:, :, :14])
 
 
