@@ -9,8 +9,8 @@ Idea
   and backpropagation carries that on to the weights of G. D and G take turns, one step each per
   batch.
   If even the best possible D can do no better than flip a coin, fakes are distributed like the
-  data. (Early on, D does little better than that, too, as it is kept weak, by one step per batch
-  and the penalty below. A small slope still shows G the way.)
+  data. (Early on, D does little better, too: it is not the best one yet. Its slope still shows G
+  the way.)
   Sampling takes one pass, and samples are usually sharp, because D would notice a blur.
   The price: nothing says how probable an image is, and no loss says whether fakes get better, as
   each depends on the opponent. Training may go round in circles, or one player may win. Or G may
@@ -29,18 +29,19 @@ Maths
   with s = sigmoid(D(x)), they contribute -p_data(x) log s - p_fake(x) log(1 - s), which is smallest
   at
       s = p_data(x) / (p_data(x) + p_fake(x)),   that is, D(x) = log( p_data(x) / p_fake(x) ).
-  If digits are three times as common at x as fakes, s = 0.75. So the best D is 0 everywhere exactly
-  if the two distributions are equal. Until then, G follows D uphill, to where data are more common
-  relative to fakes. (Without r1, d_loss at the best D is 2 log 2 - 2 JS: the Jensen-Shannon
-  divergence of the two.) Two losses for G. E[ log(1 - sigmoid(D(G(z)))) ], the opposite of that
-  term of d_loss, has the same optimum. But it saturates: its slope vanishes where G needs it most,
-  on a fake that D recognises.
+  If digits are three times as common at x as fakes, s = 0.75. So the best D is 0 everywhere if and
+  only if the two distributions are equal. Until then, G follows D uphill, to where data are more
+  common relative to fakes. (Without r1, d_loss at the best D is 2 log 2 - 2 JS: the Jensen-Shannon
+  divergence of the two.)
+  Two losses for G. E[ log(1 - sigmoid(D(G(z)))) ], the negative of the second term of d_loss, has
+  the same equilibrium. But it saturates: its slope vanishes where G needs it most, on a fake that D
+  recognises.
       slope with respect to D at D =         -5         0         5
       of log(1 - sigmoid(D))             -0.007      -0.5    -0.993
       of g_loss, -log sigmoid(D)         -0.993      -0.5    -0.007
   r1 = E |dD(x)/dx|^2 over real x: it penalises steep slopes near real images, so that fakes that
-  get there are not pushed on. Without it, D pushes them past the data, learns the opposite slope,
-  and pushes them back, and so on.
+  get there stay. Without it, D pushes fakes past the data, then learns the opposite slope and
+  pushes them back, and so on.
   Sampling. Draw z, then x = G(z): 100 images in 0.01 seconds.
   Labels. With --class-cond, G adds an embedding of the label to z, and D has one logit per label. D
   then compares p_data and p_fake among images of this label: a fake 3 with the label 7 is
@@ -79,7 +80,7 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------- model
 def norm_relu(h):
-    """h (B, C, H, W) -> its ReLU, after normalising over C."""
+    """Normalise h (B, C, H, W) over C, then ReLU."""
     h = h.permute(0, 2, 3, 1)  # (B, H, W, C)
     return F.layer_norm(h, h.shape[-1:]).relu().permute(0, 3, 1, 2)
 
@@ -109,7 +110,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """x (B, 1, H, W) in [-1, 1], y (B,) or None -> logits (B,): is x real (and a y)?"""
+    """x (B, 1, H, W) in [-1, 1], y (B,) or None -> logits (B,): is x real (and of class y)?"""
 
     def __init__(self, channels, size, n_classes):
         super().__init__()
@@ -179,13 +180,13 @@ class GAN(nn.Module):
     def g_loss(self, n, y=None):
         """-> the generator's loss on n fakes with labels y (n,) or None, metrics."""
         self.check_labels(n, y)
-        # the gradient goes through the discriminator, whose weights stay as they are
+        # the gradient goes through the discriminator, which train_step leaves as it is
         loss = F.softplus(-self.discriminator(self(n, y), y)).mean()
         return loss, {"g_loss": loss.detach()}
 
     def loss(self, x, y=None):
-        """The sum of both losses, and all metrics, for tests. (To minimise the sum would train the
-        discriminator to be fooled.)"""
+        """The sum of both losses, and all metrics, for tests. (Minimising the sum would also train
+        the discriminator to be fooled.)"""
         if self.training:
             raise ValueError("GAN.loss is for tests: train with d_loss and g_loss in turn")
         d_loss, d_metrics = self.d_loss(x, y)
@@ -513,7 +514,7 @@ def parse_args(argv):
     add("--data-dir", help="folder of the data sets; None: data, beside common.py")
     add("--out-dir", type=Path, default=Path("out", NAME), help="folder for all output")
     add("--class-cond", action="store_true", help="learn p(x | label) instead of p(x)")
-    add("--compile", action="store_true", help="torch.compile: slow to start, may speed up steps")
+    add("--compile", action="store_true", help="torch.compile forward: slow to start, then faster")
     add("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
     add("--tensorboard", action="store_true", help="also write TensorBoard logs into OUT_DIR")
     mode = parser.add_mutually_exclusive_group()

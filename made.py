@@ -11,11 +11,12 @@ Idea
   So we want 784 predictions. A network with 784 inputs and 784 outputs could make them all at once,
   but it would cheat: output i would copy pixel i. MADE removes connections so that nothing leads to
   output i from pixel i or any later one. One pass is only a few matrix products, so of the six this
-  model trains fastest. The price: no weight is shared between places in the image, as in a
-  convolution, so it needs 8 million weights (half of them masked), where pixelcnn.py has 120,000.
+  model trains fastest.
+  The price: unlike a convolution, it shares no weights between places in the image, so it needs 8
+  million (half of them masked), where pixelcnn.py has 120,000.
 
-  Four pixels, three hidden units, 1 = connected. In brackets, degrees: how many leading
-  pixels a unit may depend on. A row may see a column if its degree is at least as large:
+  Four pixels, three hidden units, 1 = connected. In brackets, degrees: how many leading pixels a
+  unit may depend on. A row may see a column if its degree is at least as large:
 
               x0  x1  x2  x3                    h1  h2  h3
               (1) (2) (3) (4)                   (1) (2) (3)
@@ -30,15 +31,15 @@ Maths
   Each factor sums to 1 over the two values of x_i, so p sums to 1 over all images. Output i is a
   logit: p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i)). The loss
       nll = -log p(x) = -sum_i log p(x_i | x_<i)
-  is a sum of binary cross-entropies, and exact. Its mean over the data's distribution p_data is
+  is a sum of binary cross-entropies, and exact, not estimated. Its mean over the data's
+  distribution p_data is
       E[-log p(x)] = E[-log p_data(x)] + E[log(p_data(x) / p(x))] = entropy + KL(p_data || p).
   No model changes the entropy. The KL divergence is 0 if p equals p_data, and positive otherwise.
   Network. Degrees never fall along a path, so output i sees nothing but x_<i, through any number of
-  layers. The hidden units have the degrees 1 to 783, about two units each. After
-  the first layer comes a residual block, h + f(h), which trains more easily than f alone: f is
-  ReLU, masked layer, ReLU, masked layer. Unit k of f(h) is added to unit k of h, so all its layers
-  have the same degrees. One more masked layer, `direct`, leads from the pixels to the outputs,
-  which leaves the hidden units free to model interactions.
+  layers. The hidden units have the degrees 1 to 783, about two units each. After the first layer
+  comes a residual block, h + f(h), where f is ReLU, masked layer, ReLU, masked layer. Unit k of
+  f(h) is added to unit k of h, so all layers of the block have the same degrees. One more masked
+  layer, `direct`, leads from the pixels straight to the outputs.
   Sampling. A pixel must be drawn before the next can be predicted: 784 steps. The naive loop makes
   a whole pass in each, and uses one of its outputs. But once x_i is drawn, the units of degree i +
   1 can be computed, and never change again: in the figure, x0 gives h1, and h1 gives out1. Units
@@ -46,16 +47,16 @@ Maths
   All 784 steps together take less arithmetic than one pass: 0.13 seconds for 100 images. Each pixel
   is drawn at random. Always taking the likelier value gives a blank image: while all is black so
   far, black is the likelier value at every pixel, so no stroke would ever start. The first rows can
-  be given, as `top`. Binarisation. loss() takes grey levels, from 0 (black) to 1 (white), and draws
-  each pixel: 0.7 becomes 1 with probability 0.7, anew each time an image is used. The network sees
-  only 0 and 1.
+  be given, as `top`.
+  Binarisation. loss() takes grey levels, from 0 (black) to 1 (white), and draws each pixel: 0.7
+  becomes 1 with probability 0.7, anew each time an image is used. The network sees only 0 and 1.
 
 What to expect
   nll is in nats (natural logarithms) per image; bpd = nll / (784 log 2), bits per pixel.
-  Probability 1/2 for every pixel gives 784 log 2 = 543; how often each pixel is white in the
-  training images gives 206; this script 85.8; the best published model of this kind 78.6. A figure
-  far below that means a leak: outputs see their own pixels. Nothing honest gets below 45.5: even a
-  model that knew the grey levels would have to predict the coin flips that make them binary.
+  Probability 1/2 for every pixel gives 784 log 2 = 543; to predict each pixel by how often it is
+  white in training images, 206; this script 85.8; the best published model of this kind 78.6. A
+  figure far below that means a leak: outputs see their own pixels. Nothing honest gets below 45.5:
+  even a model that knew the grey levels would have to predict the coin flips that make them binary.
 
 Differences from the paper (Germain et al. 2015, arXiv:1502.03509)
   - residual blocks (Nash and Durkan 2019, arXiv:1904.05626)
@@ -519,7 +520,7 @@ def parse_args(argv):
     add("--data-dir", help="folder of the data sets; None: data, beside common.py")
     add("--out-dir", type=Path, default=Path("out", NAME), help="folder for all output")
     add("--class-cond", action="store_true", help="learn p(x | label) instead of p(x)")
-    add("--compile", action="store_true", help="torch.compile: slow to start, may speed up steps")
+    add("--compile", action="store_true", help="torch.compile forward: slow to start, then faster")
     add("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
     add("--tensorboard", action="store_true", help="also write TensorBoard logs into OUT_DIR")
     mode = parser.add_mutually_exclusive_group()

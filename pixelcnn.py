@@ -1,4 +1,4 @@
-"""PixelCNN: convolutions predict each pixel from the pixels before it; masks hide the others.
+"""PixelCNN: convolutions predict each pixel from pixels before it, row by row; masks hide the rest.
 
     python pixelcnn.py    # 8 epochs, 19 minutes on two CPU cores with bfloat16: test nll 82.6
 
@@ -8,15 +8,15 @@ nll, its reference values, binarisation, and why each pixel is drawn at random.
 Idea
   What a stroke does next depends mostly on the pixels around it, and in much the same way
   everywhere in the image. So a convolution suits it: it looks at a neighbourhood, with the same few
-  weights everywhere. But it would see the answer, and what comes after it. PixelCNN multiplies each
-  kernel by a mask, which zeroes the weights through which it could cheat.
+  weights everywhere. But it would also see the answer, and the pixels after it. PixelCNN multiplies
+  each kernel by a mask, which zeroes the weights through which it could cheat.
   The price: some earlier pixels to the upper right are never seen, the blind spot below.
 
       mask A, first layer   masks B, later layers
           1 1 1 1 1             1 1 1 1 1        A hides its centre, pixel X itself, which is the
           1 1 1 1 1             1 1 1 1 1        answer. B may read its centre: that is the vector
           1 1 . . .             1 1 1 . .        at X, and A has kept pixel X out of it.
-      Rows below the centre would be all zeros. The kernels leave them out.
+      (Drawn for 5 x 5. Rows below the centre would be zeros: the kernels leave them out.)
 
       # # # # # # # # # # # . . .     What X is predicted from (#). The dots, to the upper right,
       # # # # # # # # # . . . . .     come before X, too, but no path leads from them to X: the
@@ -24,12 +24,12 @@ Idea
 
 Maths
       nll = -sum_i log p(x_i | x_<i),   p(x_i = 1 | x_<i) = sigmoid(logits_i)
-  Network. Every pixel has a vector, h. It starts as a masked 7 x 7 convolution of the image plus
-  learned vectors for row and column, as what is likely also depends on where it is. Six residual
-  blocks h + f(h) follow. In f, a linear layer halves the number of channels (`squeeze`), a masked
-  5 x 5 convolution looks around, and another linear layer restores it (`expand`). Applied to each
-  pixel's vector alone, a linear layer is a 1 x 1 convolution, and a cheap one. A ReLU stands before
-  each of the three. A last ReLU and linear layer give the logit.
+  Network. Every pixel has a vector, h. It starts as the sum of a masked 7 x 7 convolution of the
+  image and learned vectors for row and column, as what is likely also depends on the place. Six
+  residual blocks h + f(h) follow. In f, a linear layer halves the number of channels (`squeeze`), a
+  masked 5 x 5 convolution looks around, and another linear layer restores it (`expand`). Applied to
+  each pixel's vector alone, a linear layer is a 1 x 1 convolution, and a cheap one. A ReLU stands
+  before each of the three. A last ReLU and linear layer give the logit.
   Receptive field: the pixels that a prediction depends on. The first layer reaches 3 pixels to the
   left, and 3 rows up; each of the six others 2 more. Together that is 15 columns and 15 rows.
   Blind spot. Within a row, information moves right only. So what lies to the right of X must come
@@ -73,7 +73,7 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------- model
 class MaskedConv2d(nn.Conv2d):
-    """A convolution of k columns that ignores what comes after its centre, so of k // 2 + 1 rows.
+    """A k x k convolution that ignores what comes after its centre: only k // 2 + 1 rows are kept.
 
     kind: "A" ignores the centre as well, "B" does not
     """
@@ -591,7 +591,7 @@ def parse_args(argv):
     add("--data-dir", help="folder of the data sets; None: data, beside common.py")
     add("--out-dir", type=Path, default=Path("out", NAME), help="folder for all output")
     add("--class-cond", action="store_true", help="learn p(x | label) instead of p(x)")
-    add("--compile", action="store_true", help="torch.compile: slow to start, may speed up steps")
+    add("--compile", action="store_true", help="torch.compile forward: slow to start, then faster")
     add("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
     add("--tensorboard", action="store_true", help="also write TensorBoard logs into OUT_DIR")
     mode = parser.add_mutually_exclusive_group()

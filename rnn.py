@@ -1,5 +1,5 @@
-"""PixelRNN: an LSTM (long short-term memory) reads an image pixel by pixel, and predicts each one
-from its memory of the past.
+"""PixelRNN: an LSTM (long short-term memory) reads an image pixel by pixel, and predicts each pixel
+from the latest ones and its memory of the rest.
 
     python rnn.py    # 3 epochs, 26 minutes on two CPU cores with bfloat16: test nll 81.6
 
@@ -12,11 +12,12 @@ Idea
   came before, and there is no limit to how far back the memory can reach.
   The difficulty is to keep something in memory for hundreds of steps. In a plain recurrent network,
   the gradient of a late prediction is multiplied by a matrix at every step on its way back, so it
-  vanishes or explodes. The LSTM instead multiplies each number of its memory c by a gate between 0
-  and 1, and then adds new content. Where the gate is near 1, memory and gradient are kept.
-  The pixel above is as informative as the left neighbour, but came 28 steps earlier. So a step
-  reads not one pixel but the last 87, three rows and three pixels, and the memory only has to hold
-  what lies further back.
+  tends to vanish or explode. The LSTM instead multiplies each number of its memory c by a gate
+  between 0 and 1, and then adds new content. Where the gate is near 1, memory and gradient are
+  kept.
+  The pixel above is as informative as the left neighbour, but lies 28 steps back. So a step reads
+  not one pixel but the last 87, three rows and three pixels, and the memory only has to hold what
+  lies further back.
   The price: a step needs the memory of the step before, so even training goes pixel by pixel
   (inside nn.LSTM), forwards and then backwards through all 784 steps (backpropagation through
   time). The other five autoregressive models train on all pixels in parallel.
@@ -31,8 +32,9 @@ Idea
 
 Maths
       nll = -sum_i log p(x_i | x_<i),   p(x_i = 1 | x_<i) = sigmoid(logits_i)
-  Tokens. Token i is a convolution of the 87 pixels before pixel i (`stem`), plus learned vectors
-  for the row and the column of pixel i, which let the LSTMs know that a new row has begun.
+  Tokens. Token i is a linear function of the 87 pixels before pixel i, for all i a convolution
+  (`stem`), plus learned vectors for the row and the column of pixel i, which let the LSTMs know
+  that a new row has begun.
   LSTM. It has two states, vectors of n_embd numbers: the memory c, and h, what it shows of c. With
   its input a_i, * number by number, and [a, h] for two vectors joined:
       f = sigmoid(W_f [a_i, h_{i-1}] + b_f)     forget gate: how much to keep
@@ -44,16 +46,16 @@ Maths
   Apart from the path through h, the derivative of c_i with respect to c_{i-1} is f. Training starts
   with f near 0.5, and 0.5^28 = 4e-9: nothing survives a row. The network learns where to raise f:
   0.99^28 = 0.75. (nn.LSTM has two b, which are added, and writes i for u.)
-  Sampling. The naive loop reads the image so far from its start for each of 784 pixels. But all
-  that an LSTM keeps of the past is (h, c), so `cache` holds just that, and a step costs one token:
-  0.7 seconds for 100 images.
+  Sampling. The naive loop would reread the image from its start for every pixel. But all that an
+  LSTM keeps of the past is (h, c), so `cache` holds just that, and a step costs one token: 0.7
+  seconds for 100 images.
 
 What to expect
   81.6 nats per image. A test nll far below 78 means a leak: check the padding in `tokens`.
 
 Differences from the paper (van den Oord et al. 2016, arXiv:1601.06759)
   - an LSTM (Hochreiter and Schmidhuber 1997; forget gate: Gers et al. 2000) along the pixels, where
-    PixelRNN has LSTMs that process a whole row or diagonal at once
+    the paper's run over a whole row or diagonal at once
   - the window of 87 pixels, layer norms, row and column vectors
   - with --class-cond, an embedding of the label is added to every token, which gives p(x | label)
   - the matrices of the LSTMs trained by Muon, which the recipe explains
@@ -89,7 +91,7 @@ class PixelRNN(nn.Module):
             raise ValueError("n_embd and n_layer must be at least 1")
         self.size = size
         self.n_classes = n_classes
-        self.context = 3 * size + 3  # pixels: back to three rows up and three columns left
+        self.context = 3 * size + 3  # the last three rows and three pixels
         self.stem = nn.Conv1d(1, n_embd, self.context)
         self.row = nn.Parameter(0.02 * torch.randn(size, 1, n_embd))
         self.col = nn.Parameter(0.02 * torch.randn(1, size, n_embd))
@@ -548,7 +550,7 @@ def parse_args(argv):
     add("--data-dir", help="folder of the data sets; None: data, beside common.py")
     add("--out-dir", type=Path, default=Path("out", NAME), help="folder for all output")
     add("--class-cond", action="store_true", help="learn p(x | label) instead of p(x)")
-    add("--compile", action="store_true", help="torch.compile: slow to start, may speed up steps")
+    add("--compile", action="store_true", help="torch.compile forward: slow to start, then faster")
     add("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
     add("--tensorboard", action="store_true", help="also write TensorBoard logs into OUT_DIR")
     mode = parser.add_mutually_exclusive_group()

@@ -13,12 +13,12 @@ Idea
   looks for), its key (how other tokens find it) and its value (what it hands over when found). A
   token compares its query with the keys of all tokens before it, and with its own. Then it averages
   their values, weighted by how well query and key match.
-  Attention treats the past as a set: it has no notion of near and far. So each token is given
-  learned vectors for its row and its column. And token i starts from a convolution of the 87 pixels
+  Attention treats the past as a set: it has no notion of near and far. So learned vectors for its
+  row and its column are added to each token. And token i starts from a convolution of the 87 pixels
   before pixel i (`stem`): three rows and three pixels, so the neighbours above and to the left need
   not be searched for.
-  The price: attention compares each token with itself and each earlier one, 784 x 785 / 2 pairs
-  for each image, layer and head.
+  The price: attention compares each token with itself and each earlier one, 784 x 785 / 2 pairs for
+  each image, layer and head.
 
                      keys 0 1 2 3
       query 0             #                token 0 attends to itself,
@@ -37,9 +37,10 @@ Maths
   the weight would lie on one j from the start, and the others would hardly get a gradient. For 64
   numbers and 784 random keys, the largest weight is then 0.67 on average; with the division, 0.017.
   With n_head > 1, q, k and v are cut into n_head pieces, the heads, each of which attends with
-  weights of its own. A block adds two things to each token, both computed from the token after a
-  layer norm: what attention has collected, and then the output of a small network (MLP) that sees
-  this token alone. After the blocks, a layer norm and a linear map give logits_i.
+  weights of its own.
+  A block adds two things to each token: what attention collects from the tokens up to it, after a
+  linear map, and then the output of a small network (MLP) that sees this token alone. Both read
+  tokens through a layer norm. After the blocks, a layer norm and a linear map give logits_i.
   Causality. Token i knows no pixel from i on, and collects only from tokens up to i, which know
   none either. So attending to itself does not reveal the answer.
   Sampling. The naive loop makes a whole pass for each of 784 pixels, and uses one logit of it. But
@@ -54,7 +55,7 @@ What to expect
 Differences from the paper (Vaswani et al. 2017, arXiv:1706.03762; on pixels: Chen et al. 2020,
 Image GPT)
   - only the causal half, the decoder, as in GPT; layer norms without weights, before attention, MLP
-    and output, and of queries and keys; squared ReLU; no biases in the blocks, no dropout
+    and output, and on queries and keys; squared ReLU; no biases in the blocks, no dropout
   - a convolution at the input, vectors for row and column
   - with --class-cond, an embedding of the label is added to every token, which gives p(x | label)
   - the matrices of the blocks trained by Muon, which the recipe explains
@@ -131,7 +132,7 @@ class PixelTransformer(nn.Module):
         self.n_classes = n_classes
         self.n_embd = n_embd
         self.n_head = n_head
-        self.context = 3 * size + 3  # pixels: back to three rows up and three columns left
+        self.context = 3 * size + 3  # the last three rows and three pixels
         self.stem = nn.Conv1d(1, n_embd, self.context)
         self.row = nn.Parameter(0.02 * torch.randn(size, 1, n_embd))
         self.col = nn.Parameter(0.02 * torch.randn(1, size, n_embd))
@@ -583,7 +584,7 @@ def parse_args(argv):
     add("--data-dir", help="folder of the data sets; None: data, beside common.py")
     add("--out-dir", type=Path, default=Path("out", NAME), help="folder for all output")
     add("--class-cond", action="store_true", help="learn p(x | label) instead of p(x)")
-    add("--compile", action="store_true", help="torch.compile: slow to start, may speed up steps")
+    add("--compile", action="store_true", help="torch.compile forward: slow to start, then faster")
     add("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
     add("--tensorboard", action="store_true", help="also write TensorBoard logs into OUT_DIR")
     mode = parser.add_mutually_exclusive_group()

@@ -2,7 +2,7 @@
 
     python vqvae.py    # 20 epochs, 16 minutes on two CPU cores with bfloat16: test neg_elbo 92.7
 
-Read vae.py first (encoder, decoder, prior, the bound), and transformer.py, whose blocks it uses.
+Read vae.py first (encoder, decoder, prior, the bound), and transformer.py, for its block.
 
 Idea
   A VAE describes an image by 32 real numbers, and fixes in advance how these are distributed: the
@@ -59,7 +59,7 @@ What to expect
 Differences from the paper (van den Oord et al. 2017, arXiv:1711.00937)
   - a transformer as the prior, not a PixelCNN, trained in the same run
   - rate (the price of a code: Chou, Lookabaugh and Gray 1989)
-  - restarts of unused vectors (Dhariwal et al. 2020, arXiv:2005.00341)
+  - restarts of rarely used vectors (Dhariwal et al. 2020, arXiv:2005.00341)
   - a learned offset for each position is added to the encoder's output, and the sum is normalised
   - with --class-cond, an embedding of the label is added to the prior's tokens: p(codes | label)
   - images binarised as in vae.py; some matrices and kernels trained by Muon, which the recipe
@@ -723,7 +723,7 @@ def parse_args(argv):
     add("--data-dir", help="folder of the data sets; None: data, beside common.py")
     add("--out-dir", type=Path, default=Path("out", NAME), help="folder for all output")
     add("--class-cond", action="store_true", help="learn p(x | label) instead of p(x)")
-    add("--compile", action="store_true", help="torch.compile: slow to start, may speed up steps")
+    add("--compile", action="store_true", help="torch.compile forward: slow to start, then faster")
     add("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
     add("--tensorboard", action="store_true", help="also write TensorBoard logs into OUT_DIR")
     mode = parser.add_mutually_exclusive_group()

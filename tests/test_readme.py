@@ -131,7 +131,9 @@ def test_example_for_two_gpus_trains_with_two_processes(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert re.search(r"^step 20 \| loss \d+\.\d$", result.stdout, re.M)
-    made.MADE(hidden=20).load_state_dict(torch.load(tmp_path / "ddp.pt")["model"])
+    made.MADE(hidden=20).load_state_dict(
+        torch.load(tmp_path / "ddp.pt", weights_only=True)["model"]
+    )
 
 
 def test_ci_runs_the_commands_of_the_readme():
