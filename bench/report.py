@@ -23,9 +23,26 @@ from common import load_mnist, save_images
 
 START = "<!-- bench/report.py writes from here -->\n"
 END = "<!-- to here -->\n"
-FORMATS = {  # of all columns, in their order
+ABOUT = {  # what to learn from a script, what it knows of p(x), passes of its network per sample
+    "made": ("the chain rule; masks that make one pass predict 784 pixels", "exact", "784 small"),
+    "pixelcnn": ("masked convolutions; receptive field and blind spot", "exact", "784 small"),
+    "gatedcnn": ("two stacks without blind spot; gates; dilation", "exact", "784 small"),
+    "rnn": ("a memory of fixed size: the LSTM", "exact", "784 small"),
+    "wavenet": ("a reach that doubles with each layer; queues", "exact", "784 small"),
+    "transformer": ("attention to all of the past; keys and values", "exact", "784 small"),
+    "vae": ("latent codes; a bound on p(x); gradients through noise", "a bound", "1"),
+    "vqvae": ("a codebook; gradients past an argmin; a learned prior", "a bound", "49 small + 1"),
+    "gan": ("learning from an opponent; why its losses do not fall", "-", "1"),
+    "diffusion": ("removing noise in steps; guidance by labels", "-", "50"),
+}
+FORMATS = {  # of all columns
+    "file": "{}",
+    "what to learn from it": "{}",
+    "p(x)": "{}",
+    "passes": "{}",
     "model": "{}",
     "parameters": "{:,}",
+    "minutes": "{:.0f}",
     "epochs": "{}",
     "s/epoch": "{:.0f}",
     "nats": "{:.2f}",
@@ -41,8 +58,8 @@ FORMATS = {  # of all columns, in their order
     "digits": "{0[0]:.0f}-{0[1]:.0f} %",
     "labels": "{:.1f} %",
 }
-LONG = list(FORMATS)
-SHORT = ["model", "epochs", "nats", "s/epoch", "100 in", "ratio", "digits"]
+SHORT = "file,what to learn from it,p(x),passes,parameters,minutes,nats,ratio".split(",")
+LONG = [column for column in FORMATS if column not in ("file", *SHORT[1:4], "minutes")]
 BINARISED = [script for script in SCRIPTS if script not in GREY]
 # Columns in which the lowest number is bold, and the models among which it is. Distances from grey
 # digits and from binarised ones do not compare.
@@ -59,7 +76,14 @@ RACES = [
 def row_of(name, figures, real):
     """{column: value} of a line; real: the Fréchet distance of training images."""
     row = {column: figures[column] for column in FORMATS if column in figures}
-    row["model"] = f"{name}.py" if name in SCRIPTS else name
+    row["model"] = name
+    row["file"] = name
+    if name in SCRIPTS:
+        row["model"] = f"{name}.py"
+        row["file"] = f"[{name}.py]({name}.py)"
+        row["what to learn from it"], row["p(x)"], row["passes"] = ABOUT[name]
+    if "s/epoch" in figures:
+        row["minutes"] = figures["epochs"] * figures["s/epoch"] / 60
     row["Fréchet"] = figures["Frechet"]
     row["ratio"] = figures["Frechet"] / real
     row["digits"] = (100 * figures["rarest"], 100 * figures["commonest"])

@@ -240,16 +240,21 @@ def test_each_readme_gets_its_own_columns(site):
     report.main()
     short = rows_in(Path("README.md").read_text())
     long = rows_in(Path("bench/README.md").read_text())
-    assert list(short["made.py"]) == report.SHORT
+    assert list(short["[made.py](made.py)"]) == report.SHORT
     assert list(long["made.py"]) == report.LONG
     data = ["training images, grey", "training images, binarised"]
-    assert list(short) == data + [f"{script}.py" for script in train_all.SCRIPTS]
+    assert list(long) == data + [f"{script}.py" for script in train_all.SCRIPTS]
+
+
+def test_minutes_are_those_of_all_epochs():
+    row = report.row_of("vae", {**compared(1), "epochs": 30, "s/epoch": 42.0}, real=1)
+    assert report.cell(row, "minutes") == "21"
 
 
 def test_only_the_text_between_the_lines_is_replaced(site):
     report.main()
     text = Path("README.md").read_text()
-    assert text.startswith(f"before\n{report.START}\n| model |")
+    assert text.startswith(f"before\n{report.START}\n| file |")
     assert text.endswith(f"\n{report.END}after\n")
     assert "old" not in text
     report.main()
