@@ -561,7 +561,7 @@ def parse_args(argv):
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0].split(". ")[0]  # the first sentence
         parser.error(f"--device {args.device}: {reason}")
     return args, checkpoint
 

@@ -6,6 +6,8 @@ from helpers import SMALL, main_of, size_flags
 
 import common
 
+torch.set_num_threads(1)  # the models are tiny: threads would mostly wait for each other
+
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
