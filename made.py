@@ -536,7 +536,7 @@ def parse_args(argv):
 
     out_dir = args.out_dir.expanduser()
     if args.dry_run:
-        out_dir = out_dir.with_name(f"{out_dir.name}-dry")
+        out_dir = Path(f"{out_dir}-dry")
     checkpoint = None
     if args.resume or args.sample:
         path = out_dir / "model.pt"

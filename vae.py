@@ -307,8 +307,10 @@ def make_optimizers(model, lr):
             matrices.append(weight)
         else:
             others.append(weight)
-    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    return [adamw, Muon(matrices, lr)]
+    optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
+    if matrices:  # not if the blocks are frozen
+        optimizers.append(Muon(matrices, lr))
+    return optimizers
 
 
 def train_step(model, optimizers, autocast, x, y):
@@ -592,7 +594,7 @@ def parse_args(argv):
 
     out_dir = args.out_dir.expanduser()
     if args.dry_run:
-        out_dir = out_dir.with_name(f"{out_dir.name}-dry")
+        out_dir = Path(f"{out_dir}-dry")
     checkpoint = None
     if args.resume or args.sample:
         path = out_dir / "model.pt"

@@ -1,5 +1,6 @@
 """The models themselves: losses, samplers, gradients, what they learn and what they refuse."""
 
+import copy
 import importlib
 import inspect
 import math
@@ -275,6 +276,22 @@ def test_weights_that_require_no_gradient_stay_as_they_are(name):
     for optimizer in importlib.import_module(name).make_optimizers(model, 1e-3):
         for group in optimizer.param_groups:
             assert all(p.requires_grad for p in group["params"])
+
+
+@pytest.mark.parametrize("name", ["rnn", "wavenet", "pixelcnn", "gatedcnn", "transformer"])
+def test_blocks_may_be_frozen_as_a_whole(name):
+    module = importlib.import_module(name)
+    model = tiny(name, size=8)
+    model.blocks.requires_grad_(False)
+    before = copy.deepcopy(model.blocks.state_dict())
+    optimizers = module.make_optimizers(model, 1e-2)
+    x = torch.rand(4, 1, 8, 8)
+    head = model.head.weight.clone()
+    module.train_step(model, optimizers, module.bfloat16_autocast("cpu"), x, None)
+    assert not torch.equal(model.head.weight, head)
+    assert all(
+        torch.equal(weight, before[key]) for key, weight in model.blocks.state_dict().items()
+    )
 
 
 # To know of each pixel how often it is white costs 37.6 nats for small images, 206 for whole ones.
