@@ -47,7 +47,7 @@ Maths
   then compares p_data and p_fake among images of this label: a fake 3 with the label 7 is
   recognised, so G has to obey the label.
 
-What to expect
+What to expect (figures from commit 64766eb, to be re-measured)
   Neither loss keeps falling, as the opponent improves, too: judge by the samples. If D can only
   toss a coin, d_loss is 2 log 2 = 1.386, g_loss is log 2 = 0.693, and d_real and d_fake, the means
   of sigmoid(D) over digits and fakes, are 0.5. Here they end at 1.35, 0.73, 0.51 and 0.48, and are

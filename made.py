@@ -51,7 +51,7 @@ Maths
   Binarisation. loss() takes grey levels, from 0 (black) to 1 (white), and draws each pixel: 0.7
   becomes 1 with probability 0.7, anew each time an image is used. The network sees only 0 and 1.
 
-What to expect
+What to expect (figures from commit 64766eb, to be re-measured)
   nll is in nats (natural logarithms) per image; bpd = nll / (784 log 2), bits per pixel.
   Probability 1/2 for every pixel gives 784 log 2 = 543; to predict each pixel by how often it is
   white in training images, 206; this script 85.8; the best published model of this kind 78.6. A

@@ -51,7 +51,7 @@ Maths
   Binarisation. loss() takes grey levels from 0 (black) to 1 (white): a pixel of 0.7 becomes 1 with
   probability 0.7, drawn anew each time. The networks see only 0 and 1.
 
-What to expect
+What to expect (figures from commit 64766eb, to be re-measured)
   neg_elbo 86.7 = recon 60.4 + kl 26.3; the tighter bound of the method `bound` is 83.4. Both terms
   are summed over pixels and over z, then averaged over images. Averaging them over pixels and over
   z is a common mistake: it weights kl 784 / 32 = 24.5 times too much, so codes carry next to

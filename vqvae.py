@@ -51,7 +51,7 @@ Maths
   Sampling. 49 steps of the transformer, with a cache of keys and values, then one pass of the
   decoder, whose probabilities are shown as grey levels: 0.05 seconds for 100 images.
 
-What to expect
+What to expect (figures from commit 64766eb, to be re-measured)
   neg_elbo 92.7 = recon 60.0 + prior 32.7 nats per image. The train loss in the log has all five
   terms. perplexity, the exp of the entropy of the codes' shares, is the effective number of codes
   in use: 50 of 64 here. Below 10, most of the codebook is not used.
