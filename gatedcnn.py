@@ -60,7 +60,7 @@ Differences from the paper (van den Oord et al. 2016, arXiv:1606.05328)
   - binary pixels, not 256 levels; skips (as in WaveNet) and dilations; row and column vectors
   - fast sampling (Ramachandran et al. 2017, arXiv:1704.06001)
   - with --class-cond, an embedding of the label is added to v at the start, not in each gate
-  - matrices and kernels of the blocks trained by Muon, which the recipe explains
+  - matrices and kernels of the blocks are trained with Muon (see recipe)
 """
 
 import argparse
@@ -306,12 +306,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             weights = group["params"]
             grads = torch.stack([weight.grad for weight in weights]).flatten(2)  # (K, M, N)
-            state = self.state[weights[0]]  # of the whole group
+            state = self.state[weights[0]]  # shared by the whole group
             if not state:
                 state["momentum"] = torch.zeros_like(grads)
             momentum = state["momentum"]
             momentum.lerp_(grads, 0.05)  # 0.95 momentum + 0.05 grads
-            nesterov = grads.lerp(momentum, 0.95)  # the same again, with the new momentum
+            nesterov = 0.05 * grads + 0.95 * momentum  # with the new momentum: a look ahead
             for weight, update in zip(weights, orthogonalise(nesterov)):
                 weight.sub_(update.view_as(weight), alpha=group["lr"])
 
@@ -354,7 +354,7 @@ def make_optimizers(model, lr):
         else:
             others.append(weight)
     optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
-    if matrices:  # not if the blocks are frozen
+    if matrices:  # none if the blocks are frozen
         optimizers.append(Muon(matrices, lr))
     return optimizers
 

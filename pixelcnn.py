@@ -7,52 +7,50 @@ nll, its reference values, binarisation, and why each pixel is drawn at random.
 
 Idea
   What a stroke does next depends mostly on the pixels around it, and in much the same way
-  everywhere in the image. So a convolution suits it: it looks at a neighbourhood, with the same few
+  everywhere in the image. A convolution suits this: it looks at a neighbourhood, with the same few
   weights everywhere. But it would also see the answer, and the pixels after it. PixelCNN multiplies
   each kernel by a mask, which zeroes the weights through which it could cheat.
   The price: some earlier pixels to the upper right are never seen, the blind spot below.
 
       mask A, first layer   masks B, later layers
-          1 1 1 1 1             1 1 1 1 1        A hides its centre, pixel X itself, which is the
-          1 1 1 1 1             1 1 1 1 1        answer. B may read its centre: that is the vector
-          1 1 . . .             1 1 1 . .        at X, and A has kept pixel X out of it.
-      (Drawn for 5 x 5. Rows below the centre would be zeros: the kernels leave them out.)
+          1 1 1 1 1             1 1 1 1 1        A hides its centre, the pixel to predict. B sees
+          1 1 1 1 1             1 1 1 1 1        its centre, which by then is a vector, computed
+          1 1 . . .             1 1 1 . .        without that pixel.
+      (5 x 5 kernels. Rows below the centre would be all zeros, so the kernels do without them.)
 
       # # # # # # # # # # # . . .     What X is predicted from (#). The dots, to the upper right,
-      # # # # # # # # # . . . . .     come before X, too, but no path leads from them to X: the
-      # # # # # X                     blind spot. (The whole image: assets/fields.png.)
+      # # # # # # # # # . . . . .     also come before X, but no path leads from them to X: the
+      # # # # # X                     blind spot. (assets/fields.png shows all rows.)
 
 Maths
       nll = -sum_i log p(x_i | x_<i),   p(x_i = 1 | x_<i) = sigmoid(logits_i)
   Network. Every pixel has a vector, h. It starts as the sum of a masked 7 x 7 convolution of the
-  image and learned vectors for row and column, as what is likely also depends on the place. Six
+  image and learned vectors for row and column, because what is likely depends on these, too. Six
   residual blocks h + f(h) follow. In f, a linear layer halves the number of channels (`squeeze`), a
-  masked 5 x 5 convolution looks around, and another linear layer restores it (`expand`). Applied to
-  each pixel's vector alone, a linear layer is a 1 x 1 convolution, and a cheap one. A ReLU stands
-  before each of the three. A last ReLU and linear layer give the logit.
+  masked 5 x 5 convolution looks around, and another linear layer restores it (`expand`). A ReLU
+  precedes each of the three. A last ReLU and linear layer give the logit.
   Receptive field: the pixels that a prediction depends on. The first layer reaches 3 pixels to the
-  left, and 3 rows up; each of the six others 2 more. Together that is 15 columns and 15 rows.
-  Blind spot. Within a row, information moves right only. So what lies to the right of X must come
-  down while it moves left: at most 3 columns in the first layer, and 2 in each later one. From the
-  row above, it can come down once: 3 columns right of X are seen. From two rows above, it can come
-  down in two layers: 3 + 2 = 5 columns. From n rows above, 2 n + 1, up to 15. gatedcnn.py shows how
-  to see the rest.
-  Sampling. The naive loop makes a whole pass for each of 784 pixels, and uses one logit of it. But
+  left, and 3 rows up; each of the six others 2 more, 15 in all.
+  Blind spot. Within a row, information moves right only. In one layer it can move left only if it
+  also moves down: by 3 columns in the first layer, by 2 in a later one. So of the row above, at
+  most 3 columns right of X are seen, in one move down; of two rows above, 3 + 2 = 5, in two; of n
+  rows above, 2 n + 1, up to 15. gatedcnn.py has no blind spot.
+  Sampling. The naive loop runs a full pass for each of 784 pixels, and uses one logit of it. But
   at pixel i, a layer needs only the vectors under its kernel, and all but the newest were computed
   in earlier steps. `cache` keeps what goes into each block's convolution, so all 784 steps together
-  take about the arithmetic of one pass: 1.6 seconds for 100 images.
+  take about as much arithmetic as one pass. 100 images take 1.6 seconds.
 
 What to expect (figures from commit 64766eb, to be re-measured)
   82.6 nats per image. A test nll far below 78 means a leak: check the masks. Samples have
   well-formed strokes, which do not always add up to a digit: a prediction sees no further than 15
-  rows or columns.
+  rows up and 15 columns to the side.
 
 Differences from the paper (van den Oord et al. 2016, arXiv:1601.06759)
   - masked 5 x 5 convolutions, not 3 x 3; one linear layer at the end, not two; row and column
     vectors
   - fast sampling (Ramachandran et al. 2017, arXiv:1704.06001)
   - with --class-cond, an embedding of the label is added after the first layer: p(x | label)
-  - matrices and kernels of the blocks trained by Muon, which the recipe explains
+  - matrices and kernels of the blocks are trained with Muon (see recipe)
 """
 
 import argparse
@@ -73,13 +71,13 @@ import torch.nn.functional as F
 
 # ---------------------------------------------------------------- model
 class MaskedConv2d(nn.Conv2d):
-    """A k x k convolution that ignores what comes after its centre: only k // 2 + 1 rows are kept.
+    """A k x k convolution that ignores what comes after its centre. It has no rows below that.
 
     kind: "A" ignores the centre as well, "B" does not
     """
 
     def __init__(self, n_in, n_out, k, kind):
-        super().__init__(n_in, n_out, (k // 2 + 1, k))  # no rows below the centre
+        super().__init__(n_in, n_out, (k // 2 + 1, k))
         mask = torch.ones(k // 2 + 1, k)
         if kind == "A":
             mask[-1, k // 2 :] = 0
@@ -102,7 +100,7 @@ class Bottleneck(nn.Module):
         self.conv = MaskedConv2d(channels // 2, channels // 2, k, "B")
         self.expand = nn.Linear(channels // 2, channels)
 
-    def forward(self, h):  # (B, H, W, C), and so is the result
+    def forward(self, h):  # (B, H, W, C) -> (B, H, W, C)
         pad = self.pad
         x = self.squeeze(h.relu()).relu()
         return h + self.convolve(F.pad(x, (0, 0, pad, pad, pad, 0)))
@@ -115,7 +113,7 @@ class Bottleneck(nn.Module):
         """forward for pixel (r, c) alone: h (B, 1, 1, C), and so is the result.
 
         cache (B, pad + H, pad + W + pad, C / 2) holds what went into the convolution at earlier
-        pixels, padded with zeros; the input at this pixel is added.
+        pixels, padded with zeros; the input at this pixel is written into it.
         """
         pad = self.pad
         cache[:, pad + r, pad + c] = self.squeeze(h.relu()).relu()[:, 0, 0]
@@ -124,7 +122,7 @@ class Bottleneck(nn.Module):
 
 
 class PixelCNN(nn.Module):
-    """A stack of masked convolutions over the image.
+    """A masked convolution of the image, then bottlenecks.
 
     channels: length of a pixel's vector, even; n_layer: bottlenecks; kernel: the side of their
     convolution kernels, odd; size: pixels per side; n_classes: number of labels, or 0
@@ -275,12 +273,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             weights = group["params"]
             grads = torch.stack([weight.grad for weight in weights]).flatten(2)  # (K, M, N)
-            state = self.state[weights[0]]  # of the whole group
+            state = self.state[weights[0]]  # shared by the whole group
             if not state:
                 state["momentum"] = torch.zeros_like(grads)
             momentum = state["momentum"]
             momentum.lerp_(grads, 0.05)  # 0.95 momentum + 0.05 grads
-            nesterov = grads.lerp(momentum, 0.95)  # the same again, with the new momentum
+            nesterov = 0.05 * grads + 0.95 * momentum  # with the new momentum: a look ahead
             for weight, update in zip(weights, orthogonalise(nesterov)):
                 weight.sub_(update.view_as(weight), alpha=group["lr"])
 
@@ -323,7 +321,7 @@ def make_optimizers(model, lr):
         else:
             others.append(weight)
     optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
-    if matrices:  # not if the blocks are frozen
+    if matrices:  # none if the blocks are frozen
         optimizers.append(Muon(matrices, lr))
     return optimizers
 

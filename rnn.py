@@ -1,5 +1,5 @@
 """PixelRNN: an LSTM (long short-term memory) reads an image pixel by pixel, and predicts each pixel
-from the latest ones and its memory of the rest.
+from the most recent ones and its memory of the rest.
 
     python rnn.py    # 3 epochs, 26 minutes on two CPU cores with bfloat16: test nll 81.6
 
@@ -22,21 +22,21 @@ Idea
   (inside nn.LSTM), forwards and then backwards through all 784 steps (backpropagation through
   time). The other five autoregressive models train on all pixels in parallel.
 
-      logits       l0       l1       l2  ...
-                   |        |        |           A plus adds; a column is one step, a token its
-      LSTM 2     - + -----> + -----> + -->       input. The arrows to the right carry h and c,
-                   |        |        |           the memory. An LSTM reads the sum below it, after
-      LSTM 1     - + -----> + -----> + -->       a layer norm, and adds its h to it.
-                   |        |        |
-      tokens       t0       t1       t2  ...     token i: from the 87 pixels before pixel i
+      logits       l0       l1       l2
+                   |        |        |           Each column is one step. Token i comes from the
+      LSTM 2     [   ] -> [   ] -> [   ] ->      87 pixels before pixel i. To the right, an LSTM
+                   |        |        |           passes h and c, its memory, to the next step. Up
+      LSTM 1     [   ] -> [   ] -> [   ] ->      goes the token plus the h of each LSTM so far;
+                   |        |        |           what enters an LSTM is normalised first.
+      tokens       t0       t1       t2
 
 Maths
       nll = -sum_i log p(x_i | x_<i),   p(x_i = 1 | x_<i) = sigmoid(logits_i)
-  Tokens. Token i is a linear function of the 87 pixels before pixel i, for all i a convolution
-  (`stem`), plus learned vectors for the row and the column of pixel i, which let the LSTMs know
-  that a new row has begun.
-  LSTM. It has two states, vectors of n_embd numbers: the memory c, and h, what it shows of c. With
-  its input a_i, * number by number, and [a, h] for two vectors joined:
+  Tokens. Token i is a linear function of the 87 pixels before pixel i (`stem`, a convolution),
+  plus learned vectors for the row and the column of pixel i, which tell the LSTMs that a new row
+  has begun.
+  LSTM. It has two states, vectors of n_embd numbers: the memory c, and the output h, which shows a
+  part of c. a_i is its input, * multiplies elementwise, and [a, h] is concatenation:
       f = sigmoid(W_f [a_i, h_{i-1}] + b_f)     forget gate: how much to keep
       u = sigmoid(W_u [a_i, h_{i-1}] + b_u)     input gate: how much to write
       o = sigmoid(W_o [a_i, h_{i-1}] + b_o)     output gate: how much to show
@@ -44,8 +44,8 @@ Maths
       c_i = f * c_{i-1} + u * g
       h_i = o * tanh(c_i)
   Apart from the path through h, the derivative of c_i with respect to c_{i-1} is f. Training starts
-  with f near 0.5, and 0.5^28 = 4e-9: nothing survives a row. The network learns where to raise f:
-  0.99^28 = 0.75. (nn.LSTM has two b, which are added, and writes i for u.)
+  with f near 0.5, and 0.5^87 = 6e-27: nothing outlives the window. The network learns where to
+  raise f: 0.99^87 = 0.42. (nn.LSTM adds two bias vectors b, and calls the input gate i.)
   Sampling. The naive loop would reread the image from its start for every pixel. But all that an
   LSTM keeps of the past is (h, c), so `cache` holds just that, and a step costs one token: 0.7
   seconds for 100 images.
@@ -54,11 +54,11 @@ What to expect (figures from commit 64766eb, to be re-measured)
   81.6 nats per image. A test nll far below 78 means a leak: check the padding in `tokens`.
 
 Differences from the paper (van den Oord et al. 2016, arXiv:1601.06759)
-  - an LSTM (Hochreiter and Schmidhuber 1997; forget gate: Gers et al. 2000) along the pixels, where
-    the paper's run over a whole row or diagonal at once
+  - an LSTM (Hochreiter and Schmidhuber 1997; forget gate: Gers et al. 2000) that takes one pixel at
+    a time, where those of the paper take a whole row or diagonal
   - the window of 87 pixels, layer norms, row and column vectors
   - with --class-cond, an embedding of the label is added to every token, which gives p(x | label)
-  - the matrices of the LSTMs trained by Muon, which the recipe explains
+  - the matrices of the LSTMs are trained with Muon (see recipe)
 """
 
 import argparse
@@ -108,7 +108,7 @@ class PixelRNN(nn.Module):
 
         Token i is made from the `context` pixels before pixel i, with zeros where there are none.
         Pixel j is padded[context + j], so the pixels before pixel i are padded[i : i + context].
-        For all 784 tokens, `past` has 784 - 1 + 87 numbers: a kernel of 87 fits in at 784 places.
+        `past` has end - start - 1 + context pixels: the kernel fits in at end - start positions.
         """
         padded = F.pad(x.flatten(2), (self.context, 0))  # (B, 1, context + H * W)
         past = padded[..., start : end - 1 + self.context]
@@ -119,7 +119,7 @@ class PixelRNN(nn.Module):
         return tokens
 
     def logits(self, tokens, cache):
-        """Tokens (B, T, n_embd) -> logits (B, T). Updates each LSTM's (h, c) in the list cache."""
+        """Tokens (B, T, n_embd) -> logits (B, T). Updates cache, the (h, c) of each LSTM."""
         total = tokens  # plus the h of each LSTM so far
         # On CUDA, autocast runs an LSTM in float16 even if bfloat16 is asked for. The range of
         # float16 is too small, so the LSTMs stay in float32.
@@ -234,12 +234,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             weights = group["params"]
             grads = torch.stack([weight.grad for weight in weights]).flatten(2)  # (K, M, N)
-            state = self.state[weights[0]]  # of the whole group
+            state = self.state[weights[0]]  # shared by the whole group
             if not state:
                 state["momentum"] = torch.zeros_like(grads)
             momentum = state["momentum"]
             momentum.lerp_(grads, 0.05)  # 0.95 momentum + 0.05 grads
-            nesterov = grads.lerp(momentum, 0.95)  # the same again, with the new momentum
+            nesterov = 0.05 * grads + 0.95 * momentum  # with the new momentum: a look ahead
             for weight, update in zip(weights, orthogonalise(nesterov)):
                 weight.sub_(update.view_as(weight), alpha=group["lr"])
 
@@ -282,7 +282,7 @@ def make_optimizers(model, lr):
         else:
             others.append(weight)
     optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
-    if matrices:  # not if the blocks are frozen
+    if matrices:  # none if the blocks are frozen
         optimizers.append(Muon(matrices, lr))
     return optimizers
 

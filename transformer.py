@@ -43,7 +43,7 @@ Maths
   tokens through a layer norm. After the blocks, a layer norm and a linear map give logits_i.
   Causality. Token i knows no pixel from i on, and collects only from tokens up to i, which know
   none either. So attending to itself does not reveal the answer.
-  Sampling. The naive loop makes a whole pass for each of 784 pixels, and uses one logit of it. But
+  Sampling. The naive loop runs a full pass for each of 784 pixels, and uses one logit of it. But
   a token does not depend on later pixels, so its key and value are computed once, and kept in
   `cache`. Step i computes token i alone, and compares its query with all keys so far: 2 seconds for
   100 images.
@@ -58,7 +58,7 @@ Image GPT)
     and output, and on queries and keys; squared ReLU; no biases in the blocks, no dropout
   - a convolution at the input, vectors for row and column
   - with --class-cond, an embedding of the label is added to every token, which gives p(x | label)
-  - the matrices of the blocks trained by Muon, which the recipe explains
+  - the matrices of the blocks are trained with Muon (see recipe)
 """
 
 import argparse
@@ -268,12 +268,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             weights = group["params"]
             grads = torch.stack([weight.grad for weight in weights]).flatten(2)  # (K, M, N)
-            state = self.state[weights[0]]  # of the whole group
+            state = self.state[weights[0]]  # shared by the whole group
             if not state:
                 state["momentum"] = torch.zeros_like(grads)
             momentum = state["momentum"]
             momentum.lerp_(grads, 0.05)  # 0.95 momentum + 0.05 grads
-            nesterov = grads.lerp(momentum, 0.95)  # the same again, with the new momentum
+            nesterov = 0.05 * grads + 0.95 * momentum  # with the new momentum: a look ahead
             for weight, update in zip(weights, orthogonalise(nesterov)):
                 weight.sub_(update.view_as(weight), alpha=group["lr"])
 
@@ -316,7 +316,7 @@ def make_optimizers(model, lr):
         else:
             others.append(weight)
     optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
-    if matrices:  # not if the blocks are frozen
+    if matrices:  # none if the blocks are frozen
         optimizers.append(Muon(matrices, lr))
     return optimizers
 

@@ -63,7 +63,7 @@ Differences from the paper (Kingma and Welling 2013, arXiv:1312.6114)
   - convolutions in residual blocks, where encoder and decoder have one hidden layer each
   - a bound from many draws (IWAE, Burda et al. 2015, arXiv:1509.00519), to measure, not to train
   - with --class-cond, encoder and decoder are given the label, which makes this p(x | label)
-  - kernels of the blocks trained by Muon (see recipe); tested with averaged weights (EMA)
+  - kernels of the blocks trained with Muon (see recipe); tested with averaged weights (EMA)
 """
 
 import argparse
@@ -259,12 +259,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             weights = group["params"]
             grads = torch.stack([weight.grad for weight in weights]).flatten(2)  # (K, M, N)
-            state = self.state[weights[0]]  # of the whole group
+            state = self.state[weights[0]]  # shared by the whole group
             if not state:
                 state["momentum"] = torch.zeros_like(grads)
             momentum = state["momentum"]
             momentum.lerp_(grads, 0.05)  # 0.95 momentum + 0.05 grads
-            nesterov = grads.lerp(momentum, 0.95)  # the same again, with the new momentum
+            nesterov = 0.05 * grads + 0.95 * momentum  # with the new momentum: a look ahead
             for weight, update in zip(weights, orthogonalise(nesterov)):
                 weight.sub_(update.view_as(weight), alpha=group["lr"])
 
@@ -308,7 +308,7 @@ def make_optimizers(model, lr):
         else:
             others.append(weight)
     optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
-    if matrices:  # not if the blocks are frozen
+    if matrices:  # none if the blocks are frozen
         optimizers.append(Muon(matrices, lr))
     return optimizers
 

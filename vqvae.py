@@ -62,8 +62,7 @@ Differences from the paper (van den Oord et al. 2017, arXiv:1711.00937)
   - restarts of rarely used vectors (Dhariwal et al. 2020, arXiv:2005.00341)
   - a learned offset for each position is added to the encoder's output, and the sum is normalised
   - with --class-cond, an embedding of the label is added to the prior's tokens: p(codes | label)
-  - images binarised as in vae.py; some matrices and kernels trained by Muon, which the recipe
-    explains
+  - images binarised as in vae.py; some matrices and kernels trained with Muon (see recipe)
 """
 
 import argparse
@@ -403,12 +402,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             weights = group["params"]
             grads = torch.stack([weight.grad for weight in weights]).flatten(2)  # (K, M, N)
-            state = self.state[weights[0]]  # of the whole group
+            state = self.state[weights[0]]  # shared by the whole group
             if not state:
                 state["momentum"] = torch.zeros_like(grads)
             momentum = state["momentum"]
             momentum.lerp_(grads, 0.05)  # 0.95 momentum + 0.05 grads
-            nesterov = grads.lerp(momentum, 0.95)  # the same again, with the new momentum
+            nesterov = 0.05 * grads + 0.95 * momentum  # with the new momentum: a look ahead
             for weight, update in zip(weights, orthogonalise(nesterov)):
                 weight.sub_(update.view_as(weight), alpha=group["lr"])
 
@@ -455,7 +454,7 @@ def make_optimizers(model, lr):
         else:
             others.append(weight)
     optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
-    if matrices:  # not if the blocks are frozen
+    if matrices:  # none if the blocks are frozen
         optimizers.append(Muon(matrices, lr))
     return optimizers
 

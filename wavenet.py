@@ -39,7 +39,7 @@ Maths
   is a sum of distinct dilations: n = 61 = 2 rows + 5 pixels = 56 + 4 + 1. Every earlier pixel is
   reached. Dilations 1, 2, 4, ..., 512 would reach them all as well, but no layer would go straight
   up: 32 back is one row up and four pixels to the left.
-  Sampling. The naive loop makes a whole pass for each of 784 pixels, and uses one logit of it. But
+  Sampling. The naive loop runs a full pass for each of 784 pixels, and uses one logit of it. But
   a layer of dilation d needs only its new input and its input of d steps ago. So each layer keeps
   its last d inputs in a queue, and nothing is computed twice: 0.7 seconds for 100 images.
 
@@ -52,7 +52,7 @@ Differences from the paper (van den Oord et al. 2016, arXiv:1609.03499)
     vectors; the output reads the last layer as well as the skips
   - fast sampling by queues (Paine et al. 2016, arXiv:1611.09482)
   - with --class-cond, an embedding of the label is added to every token, which gives p(x | label)
-  - the matrices of the layers trained by Muon, which the recipe explains
+  - the matrices of the layers are trained with Muon (see recipe)
 """
 
 import argparse
@@ -246,12 +246,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             weights = group["params"]
             grads = torch.stack([weight.grad for weight in weights]).flatten(2)  # (K, M, N)
-            state = self.state[weights[0]]  # of the whole group
+            state = self.state[weights[0]]  # shared by the whole group
             if not state:
                 state["momentum"] = torch.zeros_like(grads)
             momentum = state["momentum"]
             momentum.lerp_(grads, 0.05)  # 0.95 momentum + 0.05 grads
-            nesterov = grads.lerp(momentum, 0.95)  # the same again, with the new momentum
+            nesterov = 0.05 * grads + 0.95 * momentum  # with the new momentum: a look ahead
             for weight, update in zip(weights, orthogonalise(nesterov)):
                 weight.sub_(update.view_as(weight), alpha=group["lr"])
 
@@ -294,7 +294,7 @@ def make_optimizers(model, lr):
         else:
             others.append(weight)
     optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
-    if matrices:  # not if the blocks are frozen
+    if matrices:  # none if the blocks are frozen
         optimizers.append(Muon(matrices, lr))
     return optimizers
 
