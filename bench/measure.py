@@ -214,7 +214,7 @@ def seconds_of_step(module, device):
 
 
 def measure_times(script, device):
-    """{figure: seconds} of an epoch, and of 100 samples of out/<script>/model.pt."""
+    """Seconds of an epoch, and of 100 samples of out/<script>/model.pt, and where that was."""
     module, model, _ = load(script, script, device)
     steps = 60_000 // module.BATCH_SIZE
 
@@ -224,15 +224,18 @@ def measure_times(script, device):
     return {
         "s/epoch": steps * seconds_of_step(module, device),
         "100 in": median_seconds(sample, n=3, warm_up=1),
+        "machine": machine_name(module, device),
     }
 
 
-def machine_name(device):
+def machine_name(module, device):
     """What the times depend on."""
     hardware = f"{os.cpu_count()} CPU cores"
     if device == "cuda":
         hardware = torch.cuda.get_device_name()
-    return f"torch {torch.__version__}, {hardware}"
+    with module.bfloat16_autocast(device):
+        precision = "bfloat16" if torch.is_autocast_enabled(device) else "float32"
+    return f"torch {torch.__version__}, {hardware}, {precision}"
 
 
 # ---------------------------------------------------------------- results.json
@@ -292,7 +295,6 @@ def main(argv=None):
             results[script] = measure(script, judges[kind_of(script)], test_x, test_y, device)
             results[script]["key"] = key
         results[script] |= measure_times(script, device)
-        results[script]["machine"] = machine_name(device)
         write_results(results)
         print(f"{script}: Fréchet distance {results[script]['Frechet']:.2f}", flush=True)
 

@@ -23,20 +23,73 @@ from common import load_mnist, save_images
 
 START = "<!-- bench/report.py writes from here -->\n"
 END = "<!-- to here -->\n"
-ABOUT = {  # what to learn from a script, what it knows of p(x), passes of its network per sample
-    "made": ("the chain rule; masks that make one pass predict 784 pixels", "exact", "784 small"),
-    "pixelcnn": ("masked convolutions; receptive field and blind spot", "exact", "784 small"),
-    "gatedcnn": ("two stacks without blind spot; gates; dilation", "exact", "784 small"),
-    "rnn": ("a memory of fixed size: the LSTM", "exact", "784 small"),
-    "wavenet": ("a reach that doubles with each layer; queues", "exact", "784 small"),
-    "transformer": ("attention to all of the past; keys and values", "exact", "784 small"),
-    "vae": ("latent codes; a bound on p(x); gradients through noise", "a bound", "1"),
-    "vqvae": ("a codebook; gradients past an argmin; a learned prior", "a bound", "49 small + 1"),
-    "gan": ("learning from an opponent; why its losses do not fall", "-", "1"),
-    "diffusion": ("removing noise in steps; guidance by labels", "-", "50"),
+# The paper and its arXiv number, what to learn from a script, what it knows of p(x), passes of its
+# network per sample
+ABOUT = {
+    "made": (
+        ("Germain 2015", "1502.03509"),
+        "the chain rule; masks that make one pass predict 784 pixels",
+        "exact",
+        "784 small",
+    ),
+    "pixelcnn": (
+        ("van den Oord 2016", "1601.06759"),
+        "masked convolutions; receptive field and blind spot",
+        "exact",
+        "784 small",
+    ),
+    "gatedcnn": (
+        ("van den Oord 2016", "1606.05328"),
+        "two stacks without blind spot; gates; dilation",
+        "exact",
+        "784 small",
+    ),
+    "rnn": (
+        ("van den Oord 2016", "1601.06759"),
+        "a memory of fixed size: the LSTM",
+        "exact",
+        "784 small",
+    ),
+    "wavenet": (
+        ("van den Oord 2016", "1609.03499"),
+        "a reach that doubles with each layer; queues",
+        "exact",
+        "784 small",
+    ),
+    "transformer": (
+        ("Vaswani 2017", "1706.03762"),
+        "attention to all of the past; keys and values",
+        "exact",
+        "784 small",
+    ),
+    "vae": (
+        ("Kingma 2013", "1312.6114"),
+        "latent codes; a bound on p(x); gradients through noise",
+        "a bound",
+        "1",
+    ),
+    "vqvae": (
+        ("van den Oord 2017", "1711.00937"),
+        "a codebook; gradients past an argmin; a learned prior",
+        "a bound",
+        "49 small + 1",
+    ),
+    "gan": (
+        ("Goodfellow 2014", "1406.2661"),
+        "learning from an opponent; why its losses do not fall",
+        "-",
+        "1",
+    ),
+    "diffusion": (
+        ("Ho 2020", "2006.11239"),
+        "removing noise in steps; guidance by labels",
+        "-",
+        "50",
+    ),
 }
 FORMATS = {  # of all columns
     "file": "{}",
+    "paper": "{}",
     "what to learn from it": "{}",
     "p(x)": "{}",
     "passes": "{}",
@@ -58,8 +111,8 @@ FORMATS = {  # of all columns
     "digits": "{0[0]:.0f}-{0[1]:.0f} %",
     "labels": "{:.1f} %",
 }
-SHORT = "file,what to learn from it,p(x),passes,parameters,minutes,nats,ratio".split(",")
-LONG = [column for column in FORMATS if column not in ("file", *SHORT[1:4], "minutes")]
+SHORT = "file,paper,what to learn from it,p(x),passes,parameters,minutes,nats,ratio".split(",")
+LONG = [column for column in FORMATS if column not in (*SHORT[:5], "minutes")]
 BINARISED = [script for script in SCRIPTS if script not in GREY]
 # Columns in which the lowest number is bold, and the models among which it is. Distances from grey
 # digits and from binarised ones do not compare.
@@ -81,7 +134,8 @@ def row_of(name, figures, real):
     if name in SCRIPTS:
         row["model"] = f"{name}.py"
         row["file"] = f"[{name}.py]({name}.py)"
-        row["what to learn from it"], row["p(x)"], row["passes"] = ABOUT[name]
+        (paper, number), row["what to learn from it"], row["p(x)"], row["passes"] = ABOUT[name]
+        row["paper"] = f"[{paper}](https://arxiv.org/abs/{number})"
     if "s/epoch" in figures:
         row["minutes"] = figures["epochs"] * figures["s/epoch"] / 60
     row["Fréchet"] = figures["Frechet"]
