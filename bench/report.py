@@ -40,7 +40,7 @@ ABOUT = {
     ),
     "gatedcnn": (
         ("van den Oord 2016", "1606.05328"),
-        "two stacks without blind spot; gates; dilation",
+        "two stacks, no blind spot; gates; dilation",
         "exact",
         "784 small",
     ),
