@@ -33,7 +33,10 @@ Maths
   Many pairs (x0, eps) give the same x_t. The squared error is smallest at the mean of their v, so
   the network learns E[v | x_t], and with it E[x0 | x_t] and E[eps | x_t]. Why v? At t = 1, x_t is
   eps, so to predict eps, as DDPM does, teaches nothing there. v asks for what x_t does not show: x0
-  at t = 1, eps at t = 0. The network is told t by its cosines and sines at many frequencies.
+  at t = 1, eps at t = 0.
+  The network is a U-Net. It halves the resolution twice, as a 3 x 3 kernel sees much of a digit at
+  7 x 7. Then it doubles it twice, and adds what it had at the same resolution on the way down: the
+  details. It is told t by the cosines and sines of t at many frequencies.
   Sampling (`move`) starts from noise, at t = 1. A step to an earlier time, whose angle is b, splits
   x into the predicted x0 and eps, and mixes them again:
       x <- cos(b) x0 + sin(b) eps
@@ -61,7 +64,7 @@ Differences from the paper (DDPM: Ho, Jain and Abbeel 2020, arXiv:2006.11239)
   - it is shown its previous prediction of x0 (Chen et al. 2022, arXiv:2208.04202)
   - DDIM's sampler (Song et al. 2020, arXiv:2010.02502), with labels guided as by Ho and Salimans
     (2022, arXiv:2207.12598)
-  - a smaller U-Net: two resolutions, layer norms, no attention, its blocks trained by Muon
+  - a smaller U-Net: layer norms, no attention, its blocks trained with Muon (see recipe)
 """
 
 import argparse
@@ -112,14 +115,14 @@ def slerp(a, b, n):
 
 
 class Diffusion(nn.Module):
-    """A U-Net v(x_t, t, y, x0_last) over two resolutions, and the noising that it undoes.
+    """A U-Net v(x_t, t, y, x0_last) over three resolutions, and the noising that it undoes.
 
-    channels: at 14 x 14, twice as many at 7 x 7; n_inner: residual blocks at 7 x 7; n_embd: numbers
-    in the vector of time and label (an even number); size: pixels per side; n_classes: number of
-    labels, or 0
+    channels: at 28 x 28, doubled at 14 x 14 and again at 7 x 7; n_inner: residual blocks at 7 x 7;
+    n_embd: numbers in the vector of time and label (an even number); size: pixels per side;
+    n_classes: number of labels, or 0
     """
 
-    def __init__(self, *, channels=32, n_inner=4, n_embd=128, size=28, n_classes=0):
+    def __init__(self, *, channels=16, n_inner=4, n_embd=128, size=28, n_classes=0):
         super().__init__()
         if channels < 1:
             raise ValueError("channels must be at least 1")
@@ -131,12 +134,15 @@ class Diffusion(nn.Module):
         self.n_classes = n_classes
         self.register_buffer("freqs", torch.logspace(0, 3, n_embd // 2), persistent=False)
         self.time = nn.Sequential(nn.Linear(n_embd, n_embd), nn.SiLU(), nn.Linear(n_embd, n_embd))
-        self.stem = nn.Conv2d(8, channels, 3, padding=1)  # 8: 2 x 2 pixels of x_t and of x0_last
-        self.down = nn.Conv2d(channels, 2 * channels, 2, stride=2)
-        self.inner = nn.ModuleList(ResBlock(2 * channels, n_embd) for _ in range(n_inner))
-        self.up = nn.ConvTranspose2d(2 * channels, channels, 2, stride=2)
-        self.outer = ResBlock(channels, n_embd)
-        self.head = nn.Conv2d(channels, 4, 3, padding=1)
+        self.stem = nn.Conv2d(2, channels, 3, padding=1)
+        self.down14 = nn.Conv2d(channels, 2 * channels, 2, stride=2)
+        self.down7 = nn.Conv2d(2 * channels, 4 * channels, 2, stride=2)
+        self.blocks7 = nn.ModuleList(ResBlock(4 * channels, n_embd) for _ in range(n_inner))
+        self.up14 = nn.ConvTranspose2d(4 * channels, 2 * channels, 2, stride=2)
+        self.block14 = ResBlock(2 * channels, n_embd)
+        self.up28 = nn.ConvTranspose2d(2 * channels, channels, 2, stride=2)
+        self.block28 = ResBlock(channels, n_embd)
+        self.head = nn.Conv2d(channels, 1, 3, padding=1)
         nn.init.zeros_(self.head.weight)  # start near v = 0
         if n_classes > 0:
             self.label = nn.Embedding(n_classes + 1, n_embd)  # the last entry is "no label"
@@ -154,13 +160,14 @@ class Diffusion(nn.Module):
         if y is not None:
             emb = emb + self.label(y)
         emb = F.silu(emb)
-        both = torch.cat([x_t, x0_last], 1)  # (B, 2, 28, 28)
-        skip = self.stem(F.pixel_unshuffle(both, 2))  # (B, 8, 14, 14) -> (B, C, 14, 14)
-        h = self.down(skip)  # (B, 2 C, 7, 7)
-        for block in self.inner:
-            h = block(h, emb)
-        h = self.outer(skip + self.up(h), emb)  # (B, C, 14, 14)
-        return F.pixel_shuffle(self.head(h), 2).type_as(x_t)  # (B, 4, 14, 14) -> (B, 1, 28, 28)
+        h28 = self.stem(torch.cat([x_t, x0_last], 1))  # (B, 2, 28, 28) -> (B, C, 28, 28)
+        h14 = self.down14(h28)  # (B, 2 C, 14, 14)
+        h7 = self.down7(h14)  # (B, 4 C, 7, 7)
+        for block in self.blocks7:
+            h7 = block(h7, emb)
+        h14 = self.block14(h14 + self.up14(h7), emb)
+        h28 = self.block28(h28 + self.up28(h14), emb)
+        return self.head(h28).type_as(x_t)  # (B, 1, 28, 28)
 
     def angle(self, t):
         """t (B,) in [0, 1] -> (B, 1, 1, 1), from 0 to a right angle."""
@@ -313,12 +320,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             weights = group["params"]
             grads = torch.stack([weight.grad for weight in weights]).flatten(2)  # (K, M, N)
-            state = self.state[weights[0]]  # of the whole group
+            state = self.state[weights[0]]  # shared by the whole group
             if not state:
                 state["momentum"] = torch.zeros_like(grads)
             momentum = state["momentum"]
             momentum.lerp_(grads, 0.05)  # 0.95 momentum + 0.05 grads
-            nesterov = grads.lerp(momentum, 0.95)  # the same again, with the new momentum
+            nesterov = 0.05 * grads + 0.95 * momentum  # with the new momentum: a look ahead
             for weight, update in zip(weights, orthogonalise(nesterov)):
                 weight.sub_(update.view_as(weight), alpha=group["lr"])
 
@@ -362,7 +369,7 @@ def make_optimizers(model, lr):
         else:
             others.append(weight)
     optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
-    if matrices:  # not if the blocks are frozen
+    if matrices:  # none if the blocks are frozen
         optimizers.append(Muon(matrices, lr))
     return optimizers
 

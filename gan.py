@@ -90,11 +90,12 @@ class Generator(nn.Module):
 
     def __init__(self, channels, z_dim, size, n_classes):
         super().__init__()
-        self.grid = (size // 4, size // 4, 2 * channels)
+        self.grid = (size // 4, size // 4, 4 * channels)
         self.stem = nn.Linear(z_dim, math.prod(self.grid))
-        self.mix = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1)
-        self.up = nn.ConvTranspose2d(2 * channels, channels, 4, stride=2, padding=1)
-        self.head = nn.ConvTranspose2d(channels, 1, 4, stride=2, padding=1)
+        self.mix = nn.Conv2d(4 * channels, 4 * channels, 3, padding=1)
+        self.up14 = nn.ConvTranspose2d(4 * channels, 2 * channels, 4, stride=2, padding=1)
+        self.up28 = nn.ConvTranspose2d(2 * channels, channels, 4, stride=2, padding=1)
+        self.head = nn.Conv2d(channels, 1, 3, padding=1)
         if n_classes > 0:
             self.label = nn.Embedding(n_classes, z_dim)
             nn.init.zeros_(self.label.weight)  # at first labels change nothing
@@ -102,9 +103,10 @@ class Generator(nn.Module):
     def forward(self, z, y):
         if y is not None:
             z = z + self.label(y)
-        h = self.stem(z).view(-1, *self.grid).permute(0, 3, 1, 2)  # (B, 2 C, 7, 7)
-        h = self.mix(norm_relu(h))  # (B, 2 C, 7, 7)
-        h = self.up(norm_relu(h))  # (B, C, 14, 14)
+        h = self.stem(z).view(-1, *self.grid).permute(0, 3, 1, 2)  # (B, 4 C, 7, 7)
+        h = self.mix(norm_relu(h))  # (B, 4 C, 7, 7)
+        h = self.up14(norm_relu(h))  # (B, 2 C, 14, 14)
+        h = self.up28(norm_relu(h))  # (B, C, 28, 28)
         h = self.head(norm_relu(h))  # (B, 1, 28, 28)
         return h.tanh()
 
@@ -114,15 +116,15 @@ class Discriminator(nn.Module):
 
     def __init__(self, channels, size, n_classes):
         super().__init__()
-        self.stem = nn.Conv2d(1, channels, 4, stride=2, padding=1)
-        self.down = nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1)
-        self.mix = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1)
-        self.head = nn.Linear(2 * channels * (size // 4) ** 2, max(n_classes, 1))
+        self.stem = nn.Conv2d(1, 2 * channels, 4, stride=2, padding=1)
+        self.down = nn.Conv2d(2 * channels, 4 * channels, 4, stride=2, padding=1)
+        self.mix = nn.Conv2d(4 * channels, 4 * channels, 3, padding=1)
+        self.head = nn.Linear(4 * channels * (size // 4) ** 2, max(n_classes, 1))
 
     def forward(self, x, y):
-        h = F.leaky_relu(self.stem(x), 0.2)  # (B, C, 14, 14)
-        h = F.leaky_relu(self.down(h), 0.2)  # (B, 2 C, 7, 7)
-        h = F.leaky_relu(self.mix(h), 0.2)  # (B, 2 C, 7, 7)
+        h = F.leaky_relu(self.stem(x), 0.2)  # (B, 2 C, 14, 14)
+        h = F.leaky_relu(self.down(h), 0.2)  # (B, 4 C, 7, 7)
+        h = F.leaky_relu(self.mix(h), 0.2)  # (B, 4 C, 7, 7)
         logits = self.head(h.flatten(1)).float()  # an answer for each label, or one
         if y is None:
             return logits[:, 0]
@@ -132,11 +134,11 @@ class Discriminator(nn.Module):
 class GAN(nn.Module):
     """Two players, and what each of them minimises.
 
-    channels: feature maps at 14 x 14, twice as many at 7 x 7; z_dim: numbers in z; gamma: d_loss
-    contains gamma / 2 * r1; size: pixels per side; n_classes: number of labels, or 0
+    channels: feature maps at 28 x 28, doubled at 14 x 14 and again at 7 x 7; z_dim: numbers in z;
+    gamma: d_loss contains gamma / 2 * r1; size: pixels per side; n_classes: number of labels, or 0
     """
 
-    def __init__(self, *, channels=32, z_dim=64, gamma=1.0, size=28, n_classes=0):
+    def __init__(self, *, channels=16, z_dim=64, gamma=1.0, size=28, n_classes=0):
         super().__init__()
         if min(channels, z_dim) < 1:
             raise ValueError("channels and z_dim must be at least 1")

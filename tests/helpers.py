@@ -20,8 +20,8 @@ SIZES = {
     "transformer": dict(n_embd=16, n_head=2, n_layer=1),
     "vae": dict(channels=8, hidden=64, z_dim=8),
     "vqvae": dict(channels=16, code_dim=4, n_codes=8, n_embd=16, n_layer=1),
-    "gan": dict(channels=8, z_dim=16),
-    "diffusion": dict(channels=8, n_inner=1, n_embd=32),
+    "gan": dict(channels=4, z_dim=16),
+    "diffusion": dict(channels=4, n_inner=1, n_embd=32),
 }
 SCRIPTS = list(SIZES)
 AUTOREGRESSIVE = SCRIPTS[:6]
