@@ -1,6 +1,6 @@
 """PixelCNN: convolutions predict each pixel from pixels before it, row by row; masks hide the rest.
 
-    python pixelcnn.py    # 8 epochs, 19 minutes on two CPU cores with bfloat16: test nll 82.6
+    python pixelcnn.py    # 8 epochs, 61 minutes on two CPU cores: test nll 82.6
 
 Read made.py first: it explains why predicting pixel by pixel makes a generative model, the loss
 nll, its reference values, binarisation, and why each pixel is drawn at random.
@@ -38,7 +38,7 @@ Maths
   Sampling. The naive loop runs a full pass for each of 784 pixels, and uses one logit of it. But
   at pixel i, a layer needs only the vectors under its kernel, and all but the newest were computed
   in earlier steps. `cache` keeps what goes into each block's convolution, so all 784 steps together
-  take about as much arithmetic as one pass. 100 images take 1.6 seconds.
+  take about as much arithmetic as one pass. 100 images take 2.5 seconds.
 
 What to expect (figures from commit 64766eb, to be re-measured)
   82.6 nats per image. A test nll far below 78 means a leak: check the masks. Samples have

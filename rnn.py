@@ -1,7 +1,7 @@
 """PixelRNN: an LSTM (long short-term memory) reads an image pixel by pixel, and predicts each pixel
 from the most recent ones and its memory of the rest.
 
-    python rnn.py    # 3 epochs, 26 minutes on two CPU cores with bfloat16: test nll 81.6
+    python rnn.py    # 3 epochs, 76 minutes on two CPU cores: test nll 81.6
 
 Read made.py first: it explains why predicting pixel by pixel makes a generative model, the loss
 nll, its reference values, binarisation, and why each pixel is drawn at random.
@@ -47,7 +47,7 @@ Maths
   with f near 0.5, and 0.5^87 = 6e-27: nothing outlives the window. The network learns where to
   raise f: 0.99^87 = 0.42. (nn.LSTM adds two bias vectors b, and calls the input gate i.)
   Sampling. The naive loop would reread the image from its start for every pixel. But all that an
-  LSTM keeps of the past is (h, c), so `cache` holds just that, and a step costs one token: 0.7
+  LSTM keeps of the past is (h, c), so `cache` holds just that, and a step costs one token: 1.3
   seconds for 100 images.
 
 What to expect (figures from commit 64766eb, to be re-measured)

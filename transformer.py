@@ -1,6 +1,6 @@
 """Transformer: every pixel looks back at all earlier ones and picks what helps to predict it.
 
-    python transformer.py    # 4 epochs, 35 minutes on two CPU cores with bfloat16: test nll 79.9
+    python transformer.py    # 4 epochs, 70 minutes on two CPU cores: test nll 79.9
 
 Read made.py first: it explains why predicting pixel by pixel makes a generative model, the loss
 nll, its reference values, binarisation, and why each pixel is drawn at random.
@@ -45,7 +45,7 @@ Maths
   none either. So attending to itself does not reveal the answer.
   Sampling. The naive loop runs a full pass for each of 784 pixels, and uses one logit of it. But
   a token does not depend on later pixels, so its key and value are computed once, and kept in
-  `cache`. Step i computes token i alone, and compares its query with all keys so far: 2 seconds for
+  `cache`. Step i computes token i alone, and compares its query with all keys so far: 4 seconds for
   100 images.
 
 What to expect (figures from commit 64766eb, to be re-measured)

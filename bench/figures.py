@@ -85,9 +85,9 @@ def nats():
         axes.axhline(value, color="0.85", zorder=0)
         text = f"{name} {value}"
         axes.text(0.01, value, text, color="0.5", fontsize=8, va="bottom", transform=left)
-    axes.set(xscale="log", xlim=(0.3, end), ylim=(78, 96))
-    axes.set(xlabel="minutes of training", ylabel="-log p(x) of test images, nats")
-    axes.set_xticks([0.5, 1, 2, 5, 10, 20, 40], ["0.5", "1", "2", "5", "10", "20", "40"])
+    axes.set(xscale="log", xlim=(0.6, end), ylim=(78, 96))
+    axes.set(xlabel="minutes of training on a CPU", ylabel="-log p(x) of test images, nats")
+    axes.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
     hide_frame(axes)
     return figure
 
@@ -109,9 +109,9 @@ def speed():
     right = axes.get_yaxis_transform()  # x as a share of the width, y as the data
     axes.axhline(1, color="0.85", zorder=0)
     axes.text(1, 1, "real digits", color="0.5", va="bottom", ha="right", transform=right)
-    axes.set(xscale="log", yscale="log", xlim=(0.005, 6))
-    axes.set(xlabel="seconds to draw 100 images", ylabel="ratio of Fréchet distances")
-    axes.set_xticks([0.01, 0.1, 1], ["0.01", "0.1", "1"])
+    axes.set(xscale="log", yscale="log", xlim=(0.01, 10))
+    axes.set(xlabel="seconds to draw 100 images on a CPU", ylabel="ratio of Fréchet distances")
+    axes.set_xticks([0.01, 0.1, 1, 10], ["0.01", "0.1", "1", "10"])
     axes.set_yticks([1, 10, 100], ["1", "10", "100"])
     hide_frame(axes)
     return figure
