@@ -11,17 +11,17 @@ Idea
   first knows only pixel i - 1 and the place of pixel i. A layer of dilation d combines token i with
   token i - d. After layers of dilation 1, 2 and 4, a token knows the 8 most recent pixels: the
   reach doubles with each layer, where dilation 1 alone would take 7 layers.
-  An image has two directions, and the pixel above, 28 steps back, matters as much as the one on the
+  An image has two directions, and the pixel above, 28 steps back, matters as much as the one to the
   left. So five layers go back by 1, 2, 4, 8 and 16 pixels, and then five go back by 1, 2, 4, 8 and
-  16 rows. (In column 0, the pixel on the left is the last one of the row above. The tokens know
-  their column, so the network can learn to mind that.)
+  16 rows. (In column 0, the previous pixel is the last one of the row above. The tokens know their
+  column, so the network can learn to allow for that.)
   The price: a layer combines tokens at a fixed distance, whatever the image shows; a transformer
   chooses where to look.
 
-      token      0   1   2   3   4   5   6   7
-      d = 1      '-->1   '-->3   '-->5   '-->7      token 1 knows tokens 0 and 1, ...
-      d = 2          '------>3       '------>7      token 3 knows 0 to 3, ...
-      d = 4                  '-------------->7      token 7 knows 0 to 7
+      token      0   1   2   3   4   5   6   7      (all paths that end at token 7)
+      d = 1      '-->1   '-->3   '-->5   '-->7      1 now knows tokens 0 and 1, 3 knows 2 and 3, ...
+      d = 2          '------>3       '------>7      3 knows tokens 0 to 3, 7 knows 4 to 7
+      d = 4                  '-------------->7      7 knows tokens 0 to 7
 
 Maths
       nll = -sum_i log p(x_i | x_<i),   p(x_i = 1 | x_<i) = sigmoid(logits_i)
@@ -34,13 +34,13 @@ Maths
   token there are zeros. As mix is the same for every i, this is a convolution of kernel size 2, and
   a causal one: it never looks ahead. A small network turns the sum of the last h and all skips into
   the logit. The skip lets a layer inform the output without affecting later layers.
-  Reach. Token i starts from pixel i - 1. To bring in pixel j, a path has to go back n = i - 1 - j =
-  28 r + c steps, with r and c below 28. Both are sums of distinct numbers of 1, 2, 4, 8, 16, so n
-  is a sum of distinct dilations: n = 61 = 2 rows + 5 pixels = 56 + 4 + 1. Every earlier pixel is
-  reached. Dilations 1, 2, 4, ..., 512 would reach them all as well, but no layer would go straight
-  up: 32 back is one row up and four pixels to the left.
+  Reach. Token i starts from pixel i - 1. To learn about pixel j, it has to look back n = i - 1 - j
+  tokens, a sum of distinct dilations, as each layer is passed once. Any n below 784 is one: n is r
+  rows and c pixels, both below 28, and so sums of distinct numbers from 1, 2, 4, 8, 16. For
+  instance, 61 = 2 rows + 5 pixels = 56 + 4 + 1. Dilations 1, 2, 4, ..., 512 would reach all pixels
+  as well, but no layer would go straight up: 32 back is one row up and four pixels to the left.
   Sampling. The naive loop runs a full pass for each of 784 pixels, and uses one logit of it. But
-  a layer of dilation d needs only its new input and its input of d steps ago. So each layer keeps
+  a layer of dilation d needs only its new input and its input from d steps ago. So each layer keeps
   its last d inputs in a queue, and nothing is computed twice: 1.4 seconds for 100 images.
 
 What to expect (figures from commit 64766eb, to be re-measured)
@@ -87,9 +87,9 @@ class GatedLayer(nn.Module):
 
 
 class WaveNet(nn.Module):
-    """Causal dilated convolutions, of kernel size 2, over the pixels in raster order.
+    """A stack of gated layers over the pixels in raster order.
 
-    channels: numbers in a token; size: pixels per side; n_classes: number of labels, or 0
+    channels: length of a token; size: pixels per side; n_classes: number of labels, or 0
     """
 
     def __init__(self, *, channels=40, size=28, n_classes=0):
@@ -124,7 +124,7 @@ class WaveNet(nn.Module):
             tokens = tokens + self.label(y)[:, None].type_as(tokens)
         return tokens
 
-    def logits(self, h):  # the last h plus the skips (B, T, C) -> (B, T)
+    def logits(self, h):  # h (B, T, C), with all skips added -> (B, T)
         return self.head(self.hidden(h.relu()).relu())[..., 0].float()
 
     def forward(self, x, y=None):  # x (B, 1, H, W) in {0, 1} -> logits (B, 1, H, W)
@@ -144,15 +144,15 @@ class WaveNet(nn.Module):
     def logits_at(self, x, y, i, cache):
         """Logits (B,) of pixel i given those before it. Call it for i = 0, 1, 2, ... in turn.
 
-        Stores the input token of each layer in its queue in cache.
+        Writes the input of each layer into its queue in cache.
         """
         h = self.tokens(x, y, i, i + 1)  # (B, 1, C)
         skips = 0
         for layer, queue in zip(self.blocks, cache):
-            token = h
-            slot = i % len(queue)  # holds token i - dilation, which token i replaces below
-            h, skip = layer(token, queue[slot])
-            queue[slot] = token
+            slot = i % len(queue)
+            h_next, skip = layer(h, queue[slot])  # the slot holds its input from dilation steps ago
+            queue[slot] = h
+            h = h_next
             skips = skips + skip
         return self.logits(h + skips)[:, 0]
 
