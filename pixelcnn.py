@@ -223,7 +223,7 @@ class PixelCNN(nn.Module):
         sampling    (frames, N, 1, H, W): N images as they are drawn, half a row per frame
         completion  (60, 1, H, W): ten images, their upper halves, four completions of each
         """
-        half = self.size // 2
+        half = self.size // 2  # half the pixels of a row, and half the rows
         index = torch.arange(self.size**2, device=x.device).view(self.size, self.size)
         samples = self.sample(len(x), y)
         steps = range(0, self.size**2 + half, half)  # the last frame shows the whole image
