@@ -283,7 +283,7 @@ class VQVAE(nn.Module):
         self.check_labels(len(x), y)
         x = torch.bernoulli(x)
         z_e = self.encode(x)  # (B, 49, code_dim)
-        if self.training:
+        if self.training and self.codebook.requires_grad:
             self.restart(z_e)
         codes, z_q, logits, code_logits = self(z_e, y)
         # recon = -log p(x | codes)

@@ -397,11 +397,13 @@ def test_vqvae_collapsed_codebook_recovers_in_training():
     assert model.train().loss(x)[1]["perplexity"] > 5
 
 
-def test_vqvae_evaluation_moves_no_vector():
+def test_vqvae_vectors_stay_in_evaluation_and_if_they_are_frozen():
     model = tiny("vqvae", size=8).eval()
     model.usage.zero_()
     assert moved(model, lambda: model.loss(torch.rand(4, 1, 8, 8))) == set()
     assert not model.usage.any()
+    model.train().codebook.requires_grad = False  # frozen
+    assert moved(model, lambda: model.loss(torch.rand(4, 1, 8, 8))) == set()
 
 
 # ---------------------------------------------------------------- gan
