@@ -5,10 +5,10 @@
 Idea
   Mix an image with random noise, more and more, until nothing of the image is left. This cannot be
   undone in one step: given pure noise, the best prediction of the image, the one with the smallest
-  squared error, is the average of all digits, a grey blur. But a small step towards it is safe:
-  most of the noise remains, so errors can still be corrected, and the network can look again. Mixed
-  with the blur, one noise looks a little more like a 3, another a little more like a 7. The next
-  prediction leans that way, and each step strengthens the choice, until it is a digit.
+  squared error, is the average of all digits, a grey blur. But a small step towards this prediction
+  is safe: most of the noise remains, so errors can still be corrected. With a little of the blur
+  mixed in, one sample of noise looks slightly more like a 3, another slightly more like a 7. The
+  next prediction leans that way, and each step strengthens the choice, until it is a digit.
   Training needs no steps. Mix an image with noise in a random proportion, and let a network
   separate the two: plain regression, with no opponent as in a GAN and no second term as in a VAE.
   The price: a sample takes 50 passes of the network, where a GAN needs one. And the loss is not a
@@ -22,7 +22,8 @@ Idea
       +---------* x0, image (t = 0)
 
 Maths
-  Mixing (`mix`). Time t runs from 0, the image x0 in [-1, 1], to 1, the noise eps ~ N(0, 1):
+  Mixing (`mix`). At time t = 0 there is the image x0, with pixels from -1 to 1; at t = 1, the noise
+  eps ~ N(0, 1). In between:
       x_t = cos(a) x0 + sin(a) eps,   a = t pi / 2
   As cos^2 + sin^2 = 1, x_t keeps a mean square near 1. While a rises, x_t moves at the velocity
       v = dx_t/da = cos(a) eps - sin(a) x0.
@@ -32,31 +33,30 @@ Maths
       loss = E (v_net(x_t, t) - v)^2,   the mean over pixels, x0, eps and t (more often near 1)
   Many pairs (x0, eps) give the same x_t. The squared error is smallest at the mean of their v, so
   the network learns E[v | x_t], and with it E[x0 | x_t] and E[eps | x_t]. Why v? At t = 1, x_t is
-  eps, so to predict eps, as DDPM does, teaches nothing there. v asks for what x_t does not show: x0
+  eps, so predicting eps, as DDPM does, teaches nothing there. v asks for what x_t does not show: x0
   at t = 1, eps at t = 0.
   The network is a U-Net. It halves the resolution twice, as a 3 x 3 kernel sees much of a digit at
   7 x 7. Then it doubles it twice, and adds what it had at the same resolution on the way down: the
-  details. It is told t by the cosines and sines of t at many frequencies.
+  details. It is given t as cosines and sines of many frequencies.
   Sampling (`move`) starts from noise, at t = 1. A step to an earlier time, whose angle is b, splits
   x into the predicted x0 and eps, and mixes them again:
       x <- cos(b) x0 + sin(b) eps
   Small steps follow dx/da = E[v | x_t = x]. Why does that end at digits? Many arcs cross at a point
-  x, each at a velocity of its own. If each point moves at the mean of these instead, the flow into
-  and out of every place stays the same. So the density at each t stays the same, too: that of noise
-  at t = 1, and at t = 0 that of images. The 50 steps are shortest near t = 1,
-  where it is decided what is drawn. 100 images take 3.8 seconds.
+  x, each at a velocity of its own. If whatever is at x moves at the mean of these instead, as much
+  flows into and out of every place as along the arcs. So the density at each t is that of the arcs,
+  too: noise at t = 1, images at t = 0. The 50 steps are shortest near t = 1, where it is decided
+  what is drawn. 100 images take 3.8 seconds.
   Guidance. With --class-cond, the network is also told the label, except for one image in ten in
   training, so that it knows images without a label, too. Sampling follows
       v(no label) + guidance * (v(label) - v(no label)):
-  0 ignores the label, 1 draws from p(x | label), more exaggerates what the label adds. `sample` has
-  1.5. It takes two passes a step.
+  0 ignores the label, 1 draws from about p(x | label), more exaggerates what the label adds. The
+  default is 1.5. Guidance takes two passes a step.
 
-What to expect (figures from commit 64766eb, to be re-measured)
-  loss is the mean squared error of v per pixel: 0.95 for a network that predicts 0, 0.15 after one
-  epoch, 0.14 after ten. It stays far above 0, as x_t does not determine v. A lower loss need not
-  mean better samples, so look at them: digits in all their kinds after the first epoch, with stray
-  strokes, fewer after each. If they stay grey or grainy, check the times and signs in `mix` and
-  `split`.
+What to expect
+  loss is the mean squared error of v per pixel: 0.95 for a network that predicts 0, 0.143 after one
+  epoch, 0.133 after ten. It stays far above 0, as x_t does not determine v. Look at the samples:
+  digits of every kind after the first epoch, with stray strokes, fewer after each. If they stay
+  grey or grainy, check the times and signs in `mix` and `split`.
 
 Differences from the paper (DDPM: Ho, Jain and Abbeel 2020, arXiv:2006.11239)
   - continuous time on an arc (the cosine schedule of Nichol and Dhariwal 2021, arXiv:2102.09672)
@@ -195,7 +195,8 @@ class Diffusion(nn.Module):
         B = len(x)
         if y is not None and self.training:  # hide 1 label in 10: guidance needs p(x), too
             y = torch.where(torch.rand(B, device=y.device) < 0.1, self.n_classes, y)
-        # u: B equal steps through [0, 1] from a random start, less variance than B independent u
+        # u: B points at equal distances, moved by a random shift; after 1 comes 0 again. The loss
+        # varies less than with B independent u.
         u = (torch.arange(B, device=x.device) / B + torch.rand(1, device=x.device)) % 1
         # P(t < s) = P(u < s^2) = s^2, so t has density 2 t, which favours the noisy end,
         # where it is decided what is drawn
@@ -205,9 +206,10 @@ class Diffusion(nn.Module):
         a = self.angle(t)
         x_t = self.mix(x0, eps, t)
         v = a.cos() * eps - a.sin() * x0
-        # Self-conditioning. Sampling shows the network the x0 that it predicted last, which it only
-        # has to refine. So here it is shown its own prediction in half of the batches. (By detach:
-        # under torch.no_grad, older versions of torch would spoil what autocast caches.)
+        # Self-conditioning. Sampling shows the network the x0 that it predicted one step before,
+        # which it only has to refine. So here it is shown its own prediction in half the batches.
+        # (detach, not torch.no_grad, after which older versions of torch with autocast would reuse
+        # copies of the weights that have no gradient.)
         x0_last = None
         if torch.rand(1, device="cpu") < 0.5:  # a coin on the CPU: no wait for the GPU
             x0_last, _ = self.split(x_t, self(x_t, t, y).detach(), t)
@@ -267,8 +269,8 @@ class Diffusion(nn.Module):
         frames = []
         self.move(torch.randn_like(x), self.times(25), y, frames=frames)
         process = torch.stack([torch.cat(pair, dim=-1) for pair in frames])
-        # Backwards, from the images to their noise. At t = 0 there is no noise in x_t, and the best
-        # prediction of eps is 0: the image would move towards no noise. So start with a little.
+        # Backwards, from the images to their noise. At t = 0 there is no noise in x_t, so the best
+        # prediction of eps is 0, and no noise would ever come in. So start with a little.
         start = 0.05
         x_t = self.mix(2 * x - 1, torch.randn_like(x), torch.full_like(x[:, 0, 0, 0], start))
         times = torch.linspace(start, 1, 51, device=x.device)

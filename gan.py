@@ -9,12 +9,11 @@ Idea
   and backpropagation carries that on to the weights of G. D and G take turns, one step each per
   batch.
   If even the best possible D can do no better than flip a coin, fakes are distributed like the
-  data. (Early on, D does little better, too: it is not the best one yet. Its slope still shows G
-  the way.)
+  data.
   Sampling takes one pass, and samples are usually sharp, because D would notice a blur.
   The price: nothing says how probable an image is, and no loss says whether fakes get better, as
   each depends on the opponent. Training may go round in circles, or one player may win. Or G may
-  collapse: each fake follows only D's local slope, so all may end up at a few kinds of digits.
+  collapse: nothing compares fakes with each other, so all may end up as a few kinds of digits.
 
       z ~ N(0, 1) ---> G ---> fake --.
                                      +---> D ---> logit: real or fake?
@@ -29,23 +28,21 @@ Maths
   with s = sigmoid(D(x)), they contribute -p_data(x) log s - p_fake(x) log(1 - s), which is smallest
   at
       s = p_data(x) / (p_data(x) + p_fake(x)),   that is, D(x) = log( p_data(x) / p_fake(x) ).
-  If digits are three times as common at x as fakes, s = 0.75. So the best D is 0 everywhere if and
-  only if the two distributions are equal. Until then, G follows D uphill, to where data are more
-  common relative to fakes. (Without r1, d_loss at the best D is 2 log 2 - 2 JS: the Jensen-Shannon
-  divergence of the two.)
-  Two losses for G. E[ log(1 - sigmoid(D(G(z)))) ], the negative of the second term of d_loss, has
-  the same equilibrium. But it saturates: its slope vanishes where G needs it most, on a fake that D
-  recognises.
+  It is 0 everywhere if and only if the two distributions are equal. Where digits are three times as
+  common as fakes, s = 0.75. G follows D uphill, to where digits are more common relative to fakes.
+  Why this g_loss? G could also minimise the negative of the second term of d_loss, the exact
+  opposite of what D minimises: E[ log(1 - sigmoid(D(G(z)))) ]. But that saturates: its slope
+  vanishes where G needs it most, on a fake that D recognises.
       slope with respect to D at D =         -5         0         5
       of log(1 - sigmoid(D))             -0.007      -0.5    -0.993
       of g_loss, -log sigmoid(D)         -0.993      -0.5    -0.007
-  r1 = E |dD(x)/dx|^2 over real x: it penalises steep slopes near real images, so that fakes that
-  get there stay. Without it, D pushes fakes past the data, then learns the opposite slope and
-  pushes them back, and so on.
+  r1 = E |dD(x)/dx|^2 over real x penalises steep slopes at real images, so fakes that get there
+  stay there. Without it, D's slope carries them past the data; then D learns the opposite slope,
+  which carries them back, and so on.
   Sampling. Draw z, then x = G(z): 100 images in 0.02 seconds.
   Labels. With --class-cond, G adds an embedding of the label to z, and D has one logit per label. D
-  then compares p_data and p_fake among images of this label: a fake 3 with the label 7 is
-  recognised, so G has to obey the label.
+  then compares p_data and p_fake among images with this label: a fake 3 labelled 7 is recognised,
+  so G has to obey the label.
 
 What to expect
   Neither loss keeps falling, as the opponent improves, too: judge by the samples. If D can only
@@ -126,10 +123,10 @@ class Discriminator(nn.Module):
         h = F.leaky_relu(self.stem(x), 0.2)  # (B, 2 C, 14, 14)
         h = F.leaky_relu(self.down(h), 0.2)  # (B, 4 C, 7, 7)
         h = F.leaky_relu(self.mix(h), 0.2)  # (B, 4 C, 7, 7)
-        logits = self.head(h.flatten(1)).float()  # an answer for each label, or one
+        logits = self.head(h.flatten(1)).float()  # one for each label, or a single one
         if y is None:
             return logits[:, 0]
-        return logits.gather(1, y[:, None])[:, 0]  # (B,): in row b, the answer for label y[b]
+        return logits.gather(1, y[:, None])[:, 0]  # (B,): in row b, that of label y[b]
 
 
 class GAN(nn.Module):
@@ -188,10 +185,10 @@ class GAN(nn.Module):
         return loss, {"g_loss": loss.detach()}
 
     def loss(self, x, y=None):
-        """The sum of both losses, and all metrics, for tests. (Minimising the sum would also train
-        the discriminator to be fooled.)"""
+        """The sum of both losses, and all metrics, for evaluation. (Minimising the sum would also
+        train the discriminator to be fooled.)"""
         if self.training:
-            raise ValueError("GAN.loss is for tests: train with d_loss and g_loss in turn")
+            raise ValueError("GAN.loss is for evaluation: train with d_loss and g_loss in turn")
         d_loss, d_metrics = self.d_loss(x, y)
         g_loss, g_metrics = self.g_loss(len(x), y)
         return d_loss + g_loss, {**d_metrics, **g_metrics}
@@ -206,8 +203,8 @@ class GAN(nn.Module):
     def pictures(self, x, y=None):
         """x (N, 1, H, W) images, y (N,) or None -> {name: pictures}:
 
-        interpolation  (10 N, 1, H, W): N rows, each from one z to the next, with a label of its own
-                       if there are any; of x, only N matters
+        interpolation  (10 N, 1, H, W): a row from each of N random z to the next, with label y if
+                       there are labels; of x, only the number N is used
         """
         a = torch.randn(len(x), 1, self.z_dim, device=x.device)
         b = a.roll(-1, 0)  # the z of the next fake

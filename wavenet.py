@@ -1,5 +1,5 @@
-"""WaveNet: each layer combines every pixel's vector with an earlier one; the distances double,
-first along the row, then up the rows.
+"""WaveNet: each layer combines every pixel's vector with an earlier one, 1, 2, 4, 8 or 16 pixels or
+rows away.
 
     python wavenet.py    # 5 epochs, 47 minutes on two CPU cores: test nll 80.2
 
@@ -27,16 +27,16 @@ Maths
       nll = -sum_i log p(x_i | x_<i),   p(x_i = 1 | x_<i) = sigmoid(logits_i)
   h_i is token i. It starts as a linear function of pixel i - 1, plus learned vectors for the row
   and the column of pixel i. A layer of dilation d computes, with * elementwise,
-      value_i, gate_i = mix(h_{i-d}, h_i)                         mix, out: linear layers
-      change_i, skip_i = out(tanh(value_i) * sigmoid(gate_i))
+      value_i, gate_i = mix(h_{i-d}, h_i)
+      change_i, skip_i = out(tanh(value_i) * sigmoid(gate_i))     mix and out are linear layers
       h_i <- h_i + change_i
   sigmoid(gate), in (0, 1), passes, weakens or blocks tanh(value), in (-1, 1). Before the first
-  token there are zeros. As mix is the same for every i, this is a convolution of kernel size 2, and
-  a causal one: it never looks ahead. A small network turns the sum of the last h and all skips into
+  token there are zeros. As every i has the same mix, this is a convolution of kernel size 2, and a
+  causal one: it never looks ahead. A small network turns the sum of the last h and all skips into
   the logit. The skip lets a layer inform the output without affecting later layers.
   Reach. Token i starts from pixel i - 1. To learn about pixel j, it has to look back n = i - 1 - j
-  tokens, a sum of distinct dilations, as each layer is passed once. Any n below 784 is one: n is r
-  rows and c pixels, both below 28, and so sums of distinct numbers from 1, 2, 4, 8, 16. For
+  tokens, a sum of distinct dilations, as each layer is passed once. Every n below 784 is such a
+  sum: n is r rows and c pixels, both below 28, so sums of distinct numbers from 1, 2, 4, 8, 16. For
   instance, 61 = 2 rows + 5 pixels = 56 + 4 + 1. Dilations 1, 2, 4, ..., 512 would reach all pixels
   as well, but no layer would go straight up: 32 back is one row up and four pixels to the left.
   Sampling. The naive loop runs a full pass for each of 784 pixels, and uses one logit of it. But
@@ -48,8 +48,8 @@ What to expect (figures from commit 64766eb, to be re-measured)
   It does not overfit yet: the training loss stays above the test nll.
 
 Differences from the paper (van den Oord et al. 2016, arXiv:1609.03499)
-  - binary pixels, not audio samples of 256 levels; dilations that fit the image, row and column
-    vectors; the output reads the last layer as well as the skips
+  - binary pixels, not audio samples of 256 levels; row and column vectors; dilations that fit the
+    image; the output reads the last layer as well as the skips
   - fast sampling by queues (Paine et al. 2016, arXiv:1611.09482)
   - with --class-cond, an embedding of the label is added to every token, which gives p(x | label)
   - the matrices of the layers are trained with Muon (see recipe)
@@ -115,7 +115,7 @@ class WaveNet(nn.Module):
 
         Token i is made from pixel i - 1, the row and the column of pixel i, and y.
         """
-        before = F.pad(x.flatten(1), (1, -1))[:, start:end, None]  # moved right by one, last cut
+        before = F.pad(x.flatten(1), (1, -1))[:, start:end, None]  # shifted by one, last cut
         tokens = self.stem(before)
         pos_emb = (self.row + self.col).flatten(0, 1)[start:end]  # (end - start, C)
         # type_as: under autocast tokens is bfloat16, and adding float32 would make it float32
@@ -131,7 +131,7 @@ class WaveNet(nn.Module):
         h = self.tokens(x, y, 0, x[0].numel())  # (B, H * W, C)
         skips = 0
         for layer, dilation in zip(self.blocks, self.dilations):
-            past = F.pad(h, (0, 0, dilation, -dilation))  # moved `dilation` places later
+            past = F.pad(h, (0, 0, dilation, -dilation))  # shifted right by `dilation`
             h, skip = layer(h, past)
             skips = skips + skip
         return self.logits(h + skips).view_as(x)
@@ -150,7 +150,7 @@ class WaveNet(nn.Module):
         skips = 0
         for layer, queue in zip(self.blocks, cache):
             slot = i % len(queue)
-            h_next, skip = layer(h, queue[slot])  # the slot holds its input from dilation steps ago
+            h_next, skip = layer(h, queue[slot])  # in the slot: h from `dilation` steps ago
             queue[slot] = h
             h = h_next
             skips = skips + skip
