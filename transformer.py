@@ -147,7 +147,7 @@ class PixelTransformer(nn.Module):
 
         Token i is made from the `context` pixels before pixel i, with zeros where there are none.
         Pixel j is padded[context + j], so the pixels before pixel i are padded[i : i + context].
-        For all 784 tokens, `past` has 784 - 1 + 87 numbers: a kernel of 87 fits in at 784 places.
+        `past` has end - start - 1 + context pixels: the kernel fits in at end - start positions.
         """
         padded = F.pad(x.flatten(2), (self.context, 0))  # (B, 1, context + H * W)
         past = padded[..., start : end - 1 + self.context]
