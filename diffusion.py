@@ -22,8 +22,7 @@ Idea
       +---------* x0, image (t = 0)
 
 Maths
-  Mixing (`mix`). At time t = 0 there is the image x0, with pixels from -1 to 1; at t = 1, the noise
-  eps ~ N(0, 1). In between:
+  Mixing (`mix`). Time t = 0 is the image x0, with pixels in [-1, 1], t = 1 the noise eps ~ N(0, 1):
       x_t = cos(a) x0 + sin(a) eps,   a = t pi / 2
   As cos^2 + sin^2 = 1, x_t keeps a mean square near 1. While a rises, x_t moves at the velocity
       v = dx_t/da = cos(a) eps - sin(a) x0.
@@ -49,8 +48,7 @@ Maths
   Guidance. With --class-cond, the network is also told the label, except for one image in ten in
   training, so that it knows images without a label, too. Sampling follows
       v(no label) + guidance * (v(label) - v(no label)):
-  0 ignores the label, 1 draws from about p(x | label), more exaggerates what the label adds. The
-  default is 1.5. Guidance takes two passes a step.
+  0 ignores the label, 1 draws from about p(x | label), more (1.5 by default) exaggerates it.
 
 What to expect
   loss is the mean squared error of v per pixel: 0.95 for a network that predicts 0, 0.143 after one

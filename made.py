@@ -6,17 +6,16 @@ pass; masks keep it from cheating.
 Idea
   A generative model can draw new images, here handwritten digits of 28 x 28 = 784 pixels. Many can
   also say how probable an image is. Both become easy if we treat an image as a sequence of pixels:
-  predict the first pixel, then the second given the first, and so on. Such a model is called
-  autoregressive; six of the ten scripts are of this kind.
+  predict the first pixel, then the second given the first, and so on: an autoregressive model.
   So we want 784 predictions. A network with 784 inputs and 784 outputs could make them all at once,
   but it would cheat: output i would copy pixel i. MADE removes connections so that nothing leads to
-  output i from pixel i or any later one. One pass is only a few matrix products, so of the six this
-  model trains fastest.
+  output i from pixel i or any later one. One pass is only a few matrix products, so of the six
+  autoregressive scripts this one trains fastest.
   The price: unlike a convolution, it shares no weights between places in the image, so it needs 8
-  million (half of them masked), where pixelcnn.py has 120,000.
+  million of them (half are masked), where pixelcnn.py has 120,000.
 
   Four pixels, three hidden units, 1 = connected. In brackets, degrees: how many leading pixels a
-  unit may depend on. A row may see a column if its degree is at least as large:
+  unit may depend on. A unit may see what has its own degree or a lower one:
 
               x0  x1  x2  x3                    h1  h2  h3
               (1) (2) (3) (4)                   (1) (2) (3)
@@ -38,32 +37,32 @@ Maths
   Network. Degrees never fall along a path, so output i sees nothing but x_<i, through any number of
   layers. The hidden units have the degrees 1 to 783, about two units each. After the first layer
   comes a residual block, h + f(h), where f is ReLU, masked layer, ReLU, masked layer. Unit k of
-  f(h) is added to unit k of h, so all layers of the block have the same degrees. One more masked
-  layer, `direct`, leads from the pixels straight to the outputs.
-  Sampling. A pixel must be drawn before the next can be predicted: 784 steps. The naive loop makes
-  a whole pass in each, and uses one of its outputs. But once x_i is drawn, the units of degree i +
-  1 can be computed, and never change again: in the figure, x0 gives h1, and h1 gives out1. Units
-  are sorted by degree, so a step computes one slice of each layer (`part`) and keeps it in `cache`.
-  All 784 steps together take less arithmetic than one pass: 0.3 seconds for 100 images. Each pixel
-  is drawn at random. Always taking the likelier value gives a blank image: while all is black so
-  far, black is the likelier value at every pixel, so no stroke would ever start. The first rows can
-  be given, as `top`.
+  f(h) is added to unit k of h, so both have the same degree. Then come a ReLU and the outputs. One
+  more masked layer, `direct`, leads from the pixels straight to the outputs.
+  Sampling. A pixel must be drawn before the next can be predicted: 784 steps. The naive loop runs
+  a full pass in each, and uses one of its outputs. But once x_i is drawn, the units of degree i + 1
+  can be computed, and never change again: in the figure, x0 gives h1, and h1 gives out1. Units are
+  sorted by degree, so a step computes one slice of each layer (`part`), without the masked half,
+  and keeps it in `cache`. All 784 steps together take less arithmetic than one pass: 0.3 seconds
+  for 100 images. Each pixel is drawn at random. Always taking the likelier value gives a blank
+  image: as long as every pixel so far is black, black is the likelier value, so no stroke would
+  ever start. The first rows can be given, as `top`.
   Binarisation. loss() takes grey levels, from 0 (black) to 1 (white), and draws each pixel: 0.7
-  becomes 1 with probability 0.7, anew each time an image is used. The network sees only 0 and 1.
+  becomes 1 with probability 0.7, anew each time an image is used.
 
 What to expect (figures from commit 64766eb, to be re-measured)
   nll is in nats (natural logarithms) per image; bpd = nll / (784 log 2), bits per pixel.
-  Probability 1/2 for every pixel gives 784 log 2 = 543; to predict each pixel by how often it is
-  white in training images, 206; this script 85.8; the best published model of this kind 78.6. A
-  figure far below that means a leak: outputs see their own pixels. Nothing honest gets below 45.5:
-  even a model that knew the grey levels would have to predict the coin flips that make them binary.
+  Probability 1/2 for every pixel gives 784 log 2 = 543; predicting each pixel from how often it is
+  white in training images gives 206; this script 85.8; the best published autoregressive model of
+  one order of pixels 78.6. A figure far below 78.6 means a leak: outputs see their own pixels. Even
+  a model that knew the grey levels would have 45.5: it cannot know the coin flips that make them
+  binary.
 
 Differences from the paper (Germain et al. 2015, arXiv:1502.03509)
   - residual blocks (Nash and Durkan 2019, arXiv:1904.05626)
   - degrees spread evenly and sorted, not random; one order of the pixels, not an average of several
   - outputs have degrees one lower, so that one rule serves all layers
   - with --class-cond, an embedding of the label is added to the first layer: p(x | label)
-  - tested with an exponential moving average of the weights (EMA), as all ten scripts are
 """
 
 import argparse

@@ -13,18 +13,18 @@ Idea
   looks for), its key (how other tokens find it) and its value (what it hands over when found). A
   token compares its query with the keys of all tokens before it, and with its own. Then it averages
   their values, weighted by how well query and key match.
-  Attention treats the past as a set: it has no notion of near and far. So learned vectors for its
-  row and its column are added to each token. And token i starts from a convolution of the 87 pixels
-  before pixel i (`stem`): three rows and three pixels, so the neighbours above and to the left need
-  not be searched for.
+  Attention treats the past as a set: it has no notion of near and far. So learned vectors for the
+  row and the column of pixel i are added to token i. And token i starts from a convolution of the
+  87 pixels before pixel i (`stem`): three rows and three pixels, so the neighbours above and to the
+  left need not be searched for.
   The price: attention compares each token with itself and each earlier one, 784 x 785 / 2 pairs for
   each image, layer and head.
 
                      keys 0 1 2 3
       query 0             #                token 0 attends to itself,
             1             # #              token 1 to tokens 0 and 1,
-            2             # # #            and so on. Token i knows no pixel
-            3             # # # #          but 0 to i - 1.
+            2             # # #            and so on. Token i sees only
+            3             # # # #          pixels 0 to i - 1.
 
 Maths
       nll = -sum_i log p(x_i | x_<i),   p(x_i = 1 | x_<i) = sigmoid(logits_i)
@@ -32,17 +32,17 @@ Maths
       attention_i = sum_{j <= i} w_ij v_j,   s_ij = q_i k_j / sqrt(d)
       w_ij = softmax_j(s_ij) = exp(s_ij) / sum_{l <= i} exp(s_il)
   q_i k_j is a dot product. The weights w_ij are positive and sum to 1 for each i. Why sqrt(d)? A
-  layer norm gives q and k mean 0 and mean square 1, so the length sqrt(d). Between random
-  directions, q_i k_j is then of order sqrt(d), and s_ij of order 1. Without the division, most of
-  the weight would lie on one j from the start, and the others would hardly get a gradient. For 64
-  numbers and 784 random keys, the largest weight is then 0.67 on average; with the division, 0.017.
+  layer norm gives q and k mean 0 and mean square 1, so their length is sqrt(d). For random
+  directions, q_i k_j is of order sqrt(d), and s_ij of order 1. Without the division, most of the
+  weight would lie on one j from the start, and the others would hardly get a gradient: for d = 64
+  and 784 random keys, the largest weight would be 0.67 on average; with the division, it is 0.017.
   With n_head > 1, q, k and v are cut into n_head pieces, the heads, each of which attends with
   weights of its own.
-  A block adds two things to each token: what attention collects from the tokens up to it, after a
-  linear map, and then the output of a small network (MLP) that sees this token alone. Both read
-  tokens through a layer norm. After the blocks, a layer norm and a linear map give logits_i.
-  Causality. Token i knows no pixel from i on, and collects only from tokens up to i, which know
-  none either. So attending to itself does not reveal the answer.
+  A block first adds to each token a linear map of what attention collects. Then it adds the output
+  of a small network (MLP), which sees this token alone. Both read tokens through a layer norm.
+  After the blocks, a layer norm and a linear map give logits_i.
+  Causality. Token i starts without any pixel from i on, and attends only to tokens up to i, which
+  have not seen them either. So attending to itself does not reveal the answer.
   Sampling. The naive loop runs a full pass for each of 784 pixels, and uses one logit of it. But
   a token does not depend on later pixels, so its key and value are computed once, and kept in
   `cache`. Step i computes token i alone, and compares its query with all keys so far: 4 seconds for
@@ -54,8 +54,8 @@ What to expect (figures from commit 64766eb, to be re-measured)
 
 Differences from the paper (Vaswani et al. 2017, arXiv:1706.03762; on pixels: Chen et al. 2020,
 Image GPT)
-  - only the causal half, the decoder, as in GPT; layer norms without weights, before attention, MLP
-    and output, and on queries and keys; squared ReLU; no biases in the blocks, no dropout
+  - only the causal half, the decoder, as in GPT; squared ReLU; no biases in the blocks, no dropout
+  - layer norms have no weights; they come before attention, MLP and output, and on queries and keys
   - a convolution at the input, vectors for row and column
   - with --class-cond, an embedding of the label is added to every token, which gives p(x | label)
   - the matrices of the blocks are trained with Muon (see recipe)

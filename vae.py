@@ -13,31 +13,32 @@ Idea
   different from x, so it is hopeless to estimate this average from random z. So a second network,
   the encoder, says for each x which z are likely to have made it: a Gaussian q(z | x), with a mean
   mu and a standard deviation sigma for each of the 32 numbers. (Gaussian, because it is easy to
-  draw from and its KL divergence, below, is a formula.) The decoder is trained on z drawn from q.
-  Encode, then rebuild: that is an autoencoder. Here the code is noisy, and it has a price: the
-  encoder pays for every bit by which q(z | x) says more about z than p(z) does, so it spends bits
-  only where they improve the rebuilt image by more than they cost. So each mu is pulled towards 0
-  and each sigma towards 1. The average of q over all images comes near the prior, and a z drawn
-  from the prior usually decodes to a digit: sampling takes one pass of the decoder.
-  The drawbacks: only a bound on p(x) is known, and whatever z leaves open comes out as a blur, as
-  each pixel is predicted without knowing the others.
+  draw from and its KL divergence, below, has a closed form.) The decoder is trained on z from q.
+  Encode, then rebuild: that is an autoencoder. Here the code is noisy, and has a price, kl: how
+  much more q(z | x) says about z than p(z) does. So the encoder says only what improves the rebuilt
+  image by more than it costs, and each mu is pulled towards 0, each sigma towards 1. The average of
+  q over all images comes near the prior, though not without gaps, and a z drawn from the prior
+  usually decodes to a digit: sampling takes one pass of the decoder.
+  The drawbacks: only a bound on log p(x) is known, and whatever z leaves open comes out as a blur,
+  as each pixel is predicted without knowing the others.
 
       x ---> encoder ---> mu, sigma ---> z = mu + sigma eps ---> decoder ---> logits of x
                               |                  ^                               |
-                           kl: near 0, 1         eps ~ N(0, 1)                recon: like x
+                  kl: mu near 0, sigma near 1    eps ~ N(0, 1)                recon: like x
 
       (With --z-dim 2, z can be plotted: assets/posteriors.png.)
 
 Maths
-  For any density q(z | x) > 0, the mean over the prior p(x) = E_{z ~ p}[p(x | z)] is a mean over q:
+  p(x) = E_{z ~ p}[ p(x | z) ] is a mean over the prior. For any density q(z | x) > 0, it is a mean
+  over q as well:
       log p(x) = log E_{z ~ q}[ p(x | z) p(z) / q(z | x) ]
               >= E_{z ~ q}[ log ( p(x | z) p(z) / q(z | x) ) ]
                = E_{z ~ q}[ log p(x | z) ] - KL( q(z | x) || p(z) )  =  ELBO
   as the log of a mean is at least the mean of the logs. (Evidence lower bound.) KL(q || p) =
-  E_q[log q - log p], never negative, says how far q is from p. How much is lost? By Bayes' rule p(x
-  | z) p(z) = p(z | x) p(x), so
+  E_q[log q - log p], never negative, says how far q is from p. By Bayes' rule, p(x | z) p(z) is
+  p(z | x) p(x), so
       ELBO = log p(x) - KL( q(z | x) || p(z | x) ):
-  nothing if q is the true posterior p(z | x), which a Gaussian can only approximate.
+  nothing is lost if q is the true posterior p(z | x), which these Gaussians can only approximate.
   What is minimised is neg_elbo = -ELBO = recon + kl, in nats (natural logarithms) per image:
       recon = -E_q[ sum_i log p(x_i | z) ],   p(x_i = 1 | z) = sigmoid(logits_i), one draw of z
       kl    = sum over the numbers in z of (mu^2 + sigma^2 - 1 - log sigma^2) / 2
@@ -46,24 +47,23 @@ Maths
   not depend on them, and compute z (the reparametrisation trick):
       z = mu + sigma eps,   eps ~ N(0, 1):   dz/dmu = 1,   dz/dsigma = eps
   The encoder outputs logvar = log sigma^2, which may be any number.
-  Sampling. z ~ N(0, 1), decoded to the probabilities of the pixels, which are shown as grey levels:
-  100 images take 0.02 seconds.
+  Sampling. z ~ N(0, 1), decoded to the probabilities of the pixels: 100 images in 0.02 seconds.
   Binarisation. loss() takes grey levels from 0 (black) to 1 (white): a pixel of 0.7 becomes 1 with
-  probability 0.7, drawn anew each time. The networks see only 0 and 1.
+  probability 0.7, drawn anew each time.
 
 What to expect (figures from commit 64766eb, to be re-measured)
-  neg_elbo 86.7 = recon 60.4 + kl 26.3; the tighter bound of the method `bound` is 83.4. Both terms
+  neg_elbo 86.7 = recon 60.4 + kl 26.3; the tighter bound from `bound` is 83.4. Both terms
   are summed over pixels and over z, then averaged over images. Averaging them over pixels and over
-  z is a common mistake: it weights kl 784 / 32 = 24.5 times too much, so codes carry next to
-  nothing (kl near 0), and all samples look like the average digit. Reconstructions look better than
+  z is a common mistake: it weights kl 784 / 32 = 24.5 times too much, so codes say next to nothing,
+  and all samples look like the average digit. Reconstructions look better than
   samples: the q(z | x) leave gaps in the prior, and a z from a gap decodes to something between
   digits.
 
 Differences from the paper (Kingma and Welling 2013, arXiv:1312.6114)
-  - convolutions in residual blocks, where encoder and decoder have one hidden layer each
+  - residual blocks of convolutions instead of one hidden layer in each network
   - a bound from many draws (IWAE, Burda et al. 2015, arXiv:1509.00519), to measure, not to train
-  - with --class-cond, encoder and decoder are given the label, which makes this p(x | label)
-  - kernels of the blocks trained with Muon (see recipe); tested with averaged weights (EMA)
+  - with --class-cond, encoder and decoder are given the label, so the model becomes p(x | label)
+  - kernels of the blocks trained with Muon (see recipe)
 """
 
 import argparse
@@ -178,7 +178,7 @@ class VAE(nn.Module):
         """x, y as in loss -> iwae, a tighter bound on -log p(x) from k draws, in nats/image.
 
         iwae = -log( 1/k sum_j p(x | z_j) p(z_j) / q(z_j | x) ), z_j ~ q(z | x): each ratio has the
-        mean p(x). So has the average of k, which varies less, so that its log loses less.
+        mean p(x). So has the average of k, which varies less, so taking the log loses less.
         """
         self.check_labels(len(x), y)
         x = torch.bernoulli(x)

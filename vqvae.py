@@ -13,9 +13,9 @@ Idea
   position; the vector is z_q. A decoder rebuilds the image from the z_q. The prior, a transformer,
   learns to predict each code from those before it. To sample, draw 49 codes from it one by one,
   then decode all of them in one pass.
-  Why discrete? The prior can be any model of sequences, so the codes can be distributed in whatever
-  way suits the images, where a VAE must squeeze them into the shape of noise. Samples come closer
-  to real digits, and other models can read and write codes.
+  Why symbols? A model of sequences can learn their distribution, whatever it is, where a VAE has to
+  give its numbers the distribution of noise. Samples come closer to real digits, and other models
+  can read and write the codes.
   The drawbacks: the codes that rebuild an image best are not the easiest to predict, the choice of
   the nearest vector has no useful gradient, and vectors may fall out of use.
 
@@ -43,8 +43,8 @@ Maths
       rate               encoder          to prefer codes that the prior expects
   Why rate? Without it, the encoder would use whatever codes rebuild the image best, however hard
   they are to predict: up to 49 log 64 = 204 nats. Code k at position i costs -log p(k | codes_<i).
-  For this term alone, imagine that vector e_k is chosen with a probability that falls with its
-  distance, and take the expected cost:
+  A choice has no gradient. So imagine, in this term alone, that the code is drawn at random, the
+  nearer ones more often, and take the expected cost:
       rate = -sum_i sum_k softmax_k(-|z_e_i - sg(e_k)|^2) sg(log p(k | codes_<i))
   Say two vectors have squared distances 1.0 and 1.2, and cost 0.5 and 4 nats. They are chosen with
   probability 0.55 and 0.45: an expected 2.1 nats. The gradient pulls z_e towards the cheap one.
@@ -127,9 +127,9 @@ class VQVAE(nn.Module):
     """An autoencoder with a codebook in its middle, and a transformer over the codes.
 
     channels: at 14 x 14, twice as many at 7 x 7; code_dim: length of a vector of the codebook;
-    n_codes: number of these; n_embd, n_head, n_layer: of the transformer (length of a token, heads,
-    blocks); beta: weight of commit; rate_weight: weight of rate; size: pixels per side; n_classes:
-    number of labels, or 0
+    n_codes: how many there are; n_embd, n_head, n_layer: of the transformer (length of a token,
+    heads, blocks); beta: weight of commit; rate_weight: weight of rate; size: pixels per side;
+    n_classes: number of labels, or 0
     """
 
     def __init__(
@@ -187,8 +187,8 @@ class VQVAE(nn.Module):
             conv3x3(channels, 4),
             nn.PixelShuffle(2),  # -> (B, 1, 28, 28)
         )
-        # Added to the encoder's output, and at first much larger than that. So z_e differs from
-        # position to position, and many codes are in use from the start. As the encoder's output
+        # Added to the encoder's output, and much larger at first. So z_e differs from position to
+        # position, and many codes are in use from the start. As the encoder's output
         # grows in training, the image decides more and more.
         self.offset = nn.Parameter(10 * torch.randn(self.side**2, code_dim))
         self.codebook = nn.Parameter(torch.randn(n_codes, code_dim))
@@ -219,7 +219,7 @@ class VQVAE(nn.Module):
         return self.decoder(z_q.transpose(1, 2).unflatten(2, (self.side, self.side))).float()
 
     def usage_of(self, codes):
-        """codes (B, 49) -> the share of each code (n_codes,). (bincount would wait for the GPU.)"""
+        """codes (B, 49) -> the share of each code (n_codes,)."""
         return codes.float().histc(self.n_codes, 0, self.n_codes) / codes.numel()
 
     @torch.no_grad()
@@ -229,8 +229,8 @@ class VQVAE(nn.Module):
         self.usage.lerp_(self.usage_of(self.quantise(z_e)) * self.n_codes, 0.01)
         dead = self.usage < 0.02  # (n_codes,)
         z_e = z_e.flatten(0, 1)  # (49 B, code_dim)
-        # A candidate for every vector, though only the dead take theirs: to draw as many as are
-        # dead, the CPU would have to wait for the GPU to count them.
+        # a candidate for every vector, not only for the dead: to count those, the CPU would have to
+        # wait for the GPU
         candidates = z_e[torch.randint(len(z_e), dead.shape, device=dead.device)]
         self.codebook.copy_(torch.where(dead[:, None], candidates, self.codebook))
         self.usage.masked_fill_(dead, 1)
@@ -240,7 +240,7 @@ class VQVAE(nn.Module):
 
         Token i is the sum of embeddings of code i - 1, of position i, and of y.
         """
-        # moved right by one: "no code yet" comes first, the last code drops out
+        # shifted right by one: "no code yet" comes first, the last code drops out
         before = F.pad(codes, (1, -1), value=self.n_codes)[:, start:end]
         tokens = self.token(before) + self.pos_emb[start:end]
         if y is not None:
@@ -329,8 +329,8 @@ class VQVAE(nn.Module):
     def pictures(self, x, y=None):
         """x (N, 1, H, W) images, y (N,) or None -> {name: pictures}:
 
-        reconstruction  (3 N, 1, H, W): in turn, a row of ten images, one of their codes as greys,
-                        and one of what these decode to
+        reconstruction  (3 N, 1, H, W): ten images, their codes as greys, what these decode to; then
+                        the next ten
         completion      (60, 1, H, W): ten images; their first three rows of codes; four rows of
                         images, for which the other codes are drawn
         interpolation   (10 N, 1, H, W): a row from the z_e of each image to that of the next (from
@@ -440,21 +440,21 @@ def orthogonalise(x):
 def make_optimizers(model, lr):
     """Muon for the matrices in the blocks and for the kernels of convolutions with equal numbers of
     input and output channels, AdamW for all other weights."""
-    in_blocks = set(model.blocks.parameters())
+    for_muon = set(model.blocks.parameters())
     for layer in [*model.encoder, *model.decoder]:
         if isinstance(layer, nn.Conv2d) and layer.in_channels == layer.out_channels:
-            in_blocks.add(layer.weight)
+            for_muon.add(layer.weight)
     matrices = []
     others = []
     for weight in model.parameters():
         if not weight.requires_grad:  # frozen
             continue
-        if weight in in_blocks and weight.ndim > 1:
+        if weight in for_muon:
             matrices.append(weight)
         else:
             others.append(weight)
     optimizers = [torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
-    if matrices:  # none if the blocks are frozen
+    if matrices:  # none if all of them are frozen
         optimizers.append(Muon(matrices, lr))
     return optimizers
 
