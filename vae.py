@@ -1,7 +1,7 @@
 """VAE (variational autoencoder): compress images into 32 numbers that are distributed like noise,
 so that noise decodes to digits.
 
-    python vae.py    # 30 epochs, 47 minutes on two CPU cores: test neg_elbo 86.7
+    python vae.py    # 30 epochs, 47 minutes on two CPU cores: test neg_elbo 86.5
 
 Idea
   Think of an image as made in two steps. First a code z, 32 random numbers, decides what to draw:
@@ -51,8 +51,8 @@ Maths
   Binarisation. loss() takes grey levels from 0 (black) to 1 (white): a pixel of 0.7 becomes 1 with
   probability 0.7, drawn anew each time.
 
-What to expect (figures from commit 64766eb, to be re-measured)
-  neg_elbo 86.7 = recon 60.4 + kl 26.3; the tighter bound from `bound` is 83.4. Both terms
+What to expect
+  neg_elbo 86.5 = recon 60.0 + kl 26.5; the tighter bound from `bound` is 83.1. Both terms
   are summed over pixels and over z, then averaged over images. Averaging them over pixels and over
   z is a common mistake: it weights kl 784 / 32 = 24.5 times too much, so codes say next to nothing,
   and all samples look like the average digit. Reconstructions look better than
