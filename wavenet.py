@@ -1,7 +1,7 @@
 """WaveNet: each layer combines every pixel's vector with an earlier one, 1, 2, 4, 8 or 16 pixels or
 rows away.
 
-    python wavenet.py    # 5 epochs, 47 minutes on two CPU cores: test nll 80.2
+    python wavenet.py    # 5 epochs, 48 minutes on two CPU cores: test nll 80.2
 
 Read made.py first: it explains why predicting pixel by pixel makes a generative model, the loss
 nll, its reference values, binarisation, and why each pixel is drawn at random.
@@ -42,7 +42,7 @@ Maths
   would go straight up: 32 back is one row up and four pixels to the left.
   Sampling. The naive loop runs a full pass for each of 784 pixels, and uses one logit of it. But
   a layer of dilation d needs only its new input and its input from d steps ago. So each layer keeps
-  its last d inputs in a queue, and nothing is computed twice: 1.4 seconds for 100 images.
+  its last d inputs in a queue, and nothing is computed twice: 1.8 seconds for 100 images.
 
 What to expect (figures from commit 64766eb, to be re-measured)
   80.2 nats per image. A test nll far below 78 means a leak: check the shifts in `tokens`.
@@ -568,7 +568,7 @@ def parse_args(argv):
     add("--data-dir", help="folder of the data sets; None: data, beside common.py")
     add("--out-dir", type=Path, default=Path("out", NAME), help="folder for all output")
     add("--class-cond", action="store_true", help="learn p(x | label) instead of p(x)")
-    add("--compile", action="store_true", help="torch.compile forward: slow to start, then faster")
+    add("--compile", action="store_true", help="torch.compile: slow to start, may speed up steps")
     add("--dry-run", action="store_true", help="two batches of everything, into OUT_DIR-dry")
     add("--tensorboard", action="store_true", help="also write TensorBoard logs into OUT_DIR")
     mode = parser.add_mutually_exclusive_group()
