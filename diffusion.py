@@ -46,7 +46,7 @@ Maths
   too: noise at t = 1, images at t = 0. The 50 steps are shortest near t = 1, where it is decided
   what is drawn. 100 images take 3.8 seconds.
   Guidance. With --class-cond, the network is also told the label, except for one image in ten in
-  training, so that it knows images without a label, too. Sampling follows
+  training, so it can predict without a label, too. Sampling follows
       v(no label) + guidance * (v(label) - v(no label)):
   0 ignores the label, 1 draws from about p(x | label), more (1.5 by default) exaggerates it.
 
@@ -60,8 +60,7 @@ Differences from the paper (DDPM: Ho, Jain and Abbeel 2020, arXiv:2006.11239)
   - continuous time on an arc (the cosine schedule of Nichol and Dhariwal 2021, arXiv:2102.09672)
   - the network predicts v (Salimans and Ho 2022, arXiv:2202.00512), not eps
   - it is shown its previous prediction of x0 (Chen et al. 2022, arXiv:2208.04202)
-  - DDIM's sampler (Song et al. 2020, arXiv:2010.02502), with labels guided as by Ho and Salimans
-    (2022, arXiv:2207.12598)
+  - DDIM's sampler (arXiv:2010.02502); guidance by labels (Ho and Salimans 2022, arXiv:2207.12598)
   - a smaller U-Net: layer norms, no attention, its blocks trained with Muon (see recipe)
 """
 
@@ -650,7 +649,7 @@ def parse_args(argv):
         if name not in ("size", "n_classes"):  # the data decide
             flag = "--" + name.replace("_", "-")
             default = parameter.default
-            sizes.add_argument(flag, type=type(default), default=default, help=" ")
+            sizes.add_argument(flag, type=type(default), default=default, help="see above")
     args = parser.parse_args(argv)
 
     out_dir = args.out_dir.expanduser()

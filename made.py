@@ -1,5 +1,4 @@
-"""MADE (masked autoencoder for distribution estimation): one network predicts all 784 pixels in one
-pass; masks keep it from cheating.
+"""MADE (masked autoencoder for distribution estimation): masks let one pass predict all pixels.
 
     python made.py    # 20 epochs, 15 minutes on two CPU cores: test nll 85.8
 
@@ -530,7 +529,7 @@ def parse_args(argv):
         if name not in ("size", "n_classes"):  # the data decide
             flag = "--" + name.replace("_", "-")
             default = parameter.default
-            sizes.add_argument(flag, type=type(default), default=default, help=" ")
+            sizes.add_argument(flag, type=type(default), default=default, help="see above")
     args = parser.parse_args(argv)
 
     out_dir = args.out_dir.expanduser()

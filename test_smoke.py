@@ -74,4 +74,6 @@ def test_help_explains_every_flag(monkeypatch, capsys):
         "epochs batch-size lr seed device dataset data-dir out-dir class-cond compile dry-run "
         "tensorboard resume sample channels hidden z-dim"
     )
-    assert re.findall(r"^  --([\w-]+)", capsys.readouterr().out, re.M) == flags.split()
+    text = capsys.readouterr().out
+    assert re.findall(r"^  --([\w-]+)", text, re.M) == flags.split()
+    assert re.search(r"--z-dim Z_DIM +see above \(default: 32\)", text)

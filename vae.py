@@ -1,5 +1,4 @@
-"""VAE (variational autoencoder): compress images into 32 numbers that are distributed like noise,
-so that noise decodes to digits.
+"""VAE (variational autoencoder): codes that are distributed like noise, so noise decodes to digits.
 
     python vae.py    # 30 epochs, 47 minutes on two CPU cores: test neg_elbo 86.5
 
@@ -52,12 +51,11 @@ Maths
   probability 0.7, drawn anew each time.
 
 What to expect
-  neg_elbo 86.5 = recon 60.0 + kl 26.5; the tighter bound from `bound` is 83.1. Both terms
-  are summed over pixels and over z, then averaged over images. Averaging them over pixels and over
-  z is a common mistake: it weights kl 784 / 32 = 24.5 times too much, so codes say next to nothing,
-  and all samples look like the average digit. Reconstructions look better than
-  samples: the q(z | x) leave gaps in the prior, and a z from a gap decodes to something between
-  digits.
+  neg_elbo 86.5 = recon 60.0 + kl 26.5; the tighter bound from `bound` is 83.1. Both terms are
+  summed over pixels and over z, then averaged over images. Averaging them over pixels and over z is
+  a common mistake: it weights kl 784 / 32 = 24.5 times too much, so codes say next to nothing, and
+  all samples look like the average digit. Reconstructions look better than samples: the q(z | x)
+  leave gaps in the prior, and a z from a gap decodes to something between digits.
 
 Differences from the paper (Kingma and Welling 2013, arXiv:1312.6114)
   - residual blocks of convolutions instead of one hidden layer in each network
@@ -589,7 +587,7 @@ def parse_args(argv):
         if name not in ("size", "n_classes"):  # the data decide
             flag = "--" + name.replace("_", "-")
             default = parameter.default
-            sizes.add_argument(flag, type=type(default), default=default, help=" ")
+            sizes.add_argument(flag, type=type(default), default=default, help="see above")
     args = parser.parse_args(argv)
 
     out_dir = args.out_dir.expanduser()

@@ -579,7 +579,7 @@ def parse_args(argv):
         if name not in ("size", "n_classes"):  # the data decide
             flag = "--" + name.replace("_", "-")
             default = parameter.default
-            sizes.add_argument(flag, type=type(default), default=default, help=" ")
+            sizes.add_argument(flag, type=type(default), default=default, help="see above")
     args = parser.parse_args(argv)
 
     out_dir = args.out_dir.expanduser()

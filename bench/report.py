@@ -239,7 +239,8 @@ def main():
     machines = sorted({results[script]["machine"] for script in scripts})
     n_samples = results["grey"]["key"][0]
     note = f"{n_samples:,} samples of each model; {'; '.join(machines)}.\n"
-    write_between(ROOT / "README.md", f"{table(rows, SHORT)}\n{note}")
+    models = rows[2:]  # without the training images
+    write_between(ROOT / "README.md", f"{table(models, SHORT)}\n{note}")
     write_between(ROOT / "bench/README.md", f"{table(rows, LONG)}\n{note}")
     copy_pictures(ROOT / "assets")
     _, _, test_x, _ = load_mnist()

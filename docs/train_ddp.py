@@ -1,4 +1,4 @@
-# train_ddp.py; run it with: torchrun --nproc-per-node 2 train_ddp.py
+# Copy this file beside common.py and made.py, then: torchrun --nproc-per-node 2 train_ddp.py
 import os
 
 import torch

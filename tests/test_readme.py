@@ -105,11 +105,12 @@ def test_loading_lines_of_the_readme_complete_an_image(monkeypatch, tmp_path):
     flags = ["--hidden", "20", "--dry-run", "--batch-size", "4", "--device", "cpu"]
     made.main(flags)
     code = code_block("from made import").replace("out/made/", "out/made-dry/")
-    images = IMAGES[2][:4].round()
-    space = {"images": images}
+    space = {}
     exec(code.replace("64", "4"), space)
     assert space["nll"] > 0
-    assert torch.equal(space["whole_images"][:, :, :14], images[:, :, :14])
+    given = space["images"][:, :, :14]
+    certain = given == given.round()  # binarising leaves these as they are
+    assert torch.equal(space["whole_images"][:, :, :14][certain], given[certain])
 
 
 def test_notebook_lines_of_the_readme_call_main(monkeypatch):
