@@ -103,7 +103,7 @@ def speed():
         point = (figures["100 in"], ratio)
         axes.plot(*point, "o", color=COLORS[script])
         style = {"ha": "left", "xytext": (7, 0)}
-        if script == "rnn":  # its right neighbour is near
+        if script in ("rnn", "wavenet"):  # their right neighbours are near
             style = {"ha": "right", "xytext": (-7, 0)}
         axes.annotate(script, point, textcoords="offset points", va="center", **style)
     right = axes.get_yaxis_transform()  # x as a share of the width, y as the data

@@ -556,9 +556,11 @@ def test_diffusion_trains_each_image_at_all_times(batch):
     model = small_diffusion(size=4)
     x = torch.rand(batch, 1, 4, 4)
     calls = watch(model, "forward")
+    times = []
     for _ in range(400):
         model.loss(x)
-    u = torch.stack([call["t"] for call in calls]).square().sort(0).values  # (calls, batch)
+        times.append(calls[-1]["t"])
+    u = torch.stack(times).square().sort(0).values  # (400, batch)
     assert (u - torch.linspace(0, 1, len(u))[:, None]).abs().max() < 0.08
 
 
@@ -566,7 +568,7 @@ def test_diffusion_spreads_the_times_of_a_batch_evenly():
     model = small_diffusion()
     calls = watch(model, "forward")
     model.loss(torch.rand(64, 1, 8, 8))
-    gaps = calls[0]["t"].square().sort().values.diff()
+    gaps = calls[-1]["t"].square().sort().values.diff()
     torch.testing.assert_close(gaps, torch.full((63,), 1 / 64), atol=1e-5, rtol=0)
 
 
@@ -582,14 +584,20 @@ def test_diffusion_shows_a_prediction_in_half_of_the_batches(batch):
     assert 160 < shown.count(True) < 240
 
 
-def test_diffusion_shows_what_it_predicts_without():
+def test_diffusion_shows_what_it_predicts_one_step_before():
     model = small_diffusion(n_classes=10).eval()
     calls = watch(model, "forward")
+    x = torch.rand(8, 1, 8, 8)
     while not calls or calls[-1]["x0_last"] is None:
-        model.loss(torch.rand(8, 1, 8, 8), torch.arange(8))
+        model.loss(x, torch.arange(8))
     first, second = calls[-2:]
-    for key in ("x_t", "t", "y"):
-        assert torch.equal(first[key], second[key])
+    assert torch.equal(first["y"], second["y"])
+    one_step = first["t"].asin() - second["t"].asin()  # at most a 50th of a right angle
+    torch.testing.assert_close(one_step.max().item(), math.pi / 100, rtol=1e-3, atol=0)
+    assert (one_step >= 0).all()
+    scaled = [call["x_t"] - model.mix(2 * x - 1, 0, call["t"]) for call in (first, second)]
+    noises = [noise / noise.std((1, 2, 3), keepdim=True) for noise in scaled]
+    assert (noises[0] - noises[1]).abs().amax((1, 2, 3)).median() > 0.1
     x0, _ = model.split(first["x_t"], first["result"], first["t"])
     assert torch.equal(second["x0_last"], x0)
     assert not second["x0_last"].requires_grad
@@ -621,8 +629,8 @@ def test_diffusion_sampler_turns_noise_into_the_data(mean, std, float64):
     model = small_diffusion()
     model.forward = best_v(mean, std)
     z = torch.linspace(-3, 3, 61).view(-1, 1, 1, 1)
-    coarse = model.move(z, model.times(50)) - (mean + std * z)
-    fine = model.move(z, model.times(100)) - (mean + std * z)
+    coarse = model.move(z, model.times(50), reversible=True) - (mean + std * z)
+    fine = model.move(z, model.times(100), reversible=True) - (mean + std * z)
     assert coarse.abs().max() < 0.2
     assert fine.abs().max() < 0.52 * coarse.abs().max() + 1e-9
 
@@ -632,24 +640,50 @@ def test_diffusion_sampler_turns_data_into_noise(mean, std, float64):
     model = small_diffusion()
     model.forward = best_v(mean, std)
     z = torch.linspace(-3, 3, 61).view(-1, 1, 1, 1)
-    coarse = model.move(mean + std * z, torch.linspace(0, 1, 51)) - z
-    fine = model.move(mean + std * z, torch.linspace(0, 1, 101)) - z
+    coarse = model.move(mean + std * z, torch.linspace(0, 1, 51), reversible=True) - z
+    fine = model.move(mean + std * z, torch.linspace(0, 1, 101), reversible=True) - z
     assert coarse.abs().max() < 0.2
     assert fine.abs().max() < 0.52 * coarse.abs().max()
 
 
-@pytest.mark.parametrize("self_cond", [True, False])
-def test_diffusion_is_shown_its_last_prediction_in_sampling(self_cond):
+@pytest.mark.parametrize("reversible", [True, False])
+def test_diffusion_is_shown_its_last_prediction_in_sampling(reversible):
     model = small_diffusion()
     calls = watch(model, "forward")
-    model.move(torch.randn(2, 1, 8, 8), model.times(4), self_cond=self_cond)
+    model.move(torch.randn(2, 1, 8, 8), model.times(4), reversible=reversible)
     assert calls[0]["x0_last"] is None
     for before, after in zip(calls, calls[1:]):
-        if self_cond:
+        if reversible:
+            assert after["x0_last"] is None
+        else:
             x0, _ = model.split(before["x_t"], before["result"], before["t"])
             assert torch.equal(after["x0_last"], x0)
-        else:
-            assert after["x0_last"] is None
+
+
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.7, 0.0), (-0.4, 0.5)])
+def test_diffusion_samples_are_distributed_like_the_data(mean, std, float64):
+    """Few steps make the spread too small. Twice as many steps make half the error."""
+    model = small_diffusion()
+    model.forward = best_v(mean, std)
+    coarse = model.move(torch.randn(3000, 1, 4, 4), model.times(50))
+    fine = model.move(torch.randn(3000, 1, 4, 4), model.times(100))
+    assert abs(fine.mean() - mean) < 0.02
+    assert abs(coarse.std() - std) < 0.1 * std + 1e-9
+    assert abs(fine.std() - std) < 0.06 * std + 1e-9
+
+
+@pytest.mark.parametrize("t, t_next", [(0.3, 0.5), (0.5, 0.3), (0.9, 1.0), (1.0, 0.9), (0.1, 0.0)])
+def test_diffusion_renews_what_lies_between_two_times(t, t_next):
+    """The later x is a multiple of the earlier one plus noise that does not depend on it."""
+    model = small_diffusion()
+    eps = torch.randn(50_000, 1, 1, 1)
+    renewed = model.renew(eps, torch.full((50_000,), t), torch.full((50_000,), t_next))
+    assert abs(renewed.std() - 1) < 0.02
+    early, late = sorted([t * math.pi / 2, t_next * math.pi / 2])
+    noise_early, noise_late = (eps, renewed) if t < t_next else (renewed, eps)
+    factor = math.cos(late) / math.cos(early)
+    added = math.sin(late) * noise_late - factor * math.sin(early) * noise_early
+    assert abs((added * noise_early).mean()) < 0.02
 
 
 def test_diffusion_guidance_weighs_what_a_label_adds():
