@@ -192,7 +192,8 @@ class VQVAE(nn.Module):
         # grows in training, the image decides more and more.
         self.offset = nn.Parameter(10 * torch.randn(self.side**2, code_dim))
         self.codebook = nn.Parameter(torch.randn(n_codes, code_dim))
-        self.register_buffer("usage", torch.ones(n_codes))  # of each vector; 1 is the average
+        # of each vector; 1 is the average, -1 makes the first batch replace all vectors
+        self.register_buffer("usage", -torch.ones(n_codes))
         self.token = nn.Embedding(n_codes + 1, n_embd)  # the last entry is "no code yet"
         self.pos_emb = nn.Parameter(0.02 * torch.randn(self.side**2, n_embd))
         self.blocks = nn.ModuleList(Block(n_embd, n_head) for _ in range(n_layer))

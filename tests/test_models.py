@@ -261,6 +261,8 @@ def train(name, model, lr):
 @ten
 def test_weights_move_at_the_rate_that_the_optimizers_were_made_with(name):
     model = perturb(tiny(name, size=8, n_classes=10))
+    if name == "vqvae":
+        model.usage.fill_(1)  # no restarts, which move vectors at any rate
     assert moved(model, lambda: train(name, model, 0.0)) == set()
     assert moved(model, lambda: train(name, model, 1e-3)) == set(dict(model.named_parameters()))
 
@@ -386,6 +388,17 @@ def test_vqvae_decoder_and_prior_learn_from_their_own_terms():
             term = recon if part == "decoder" else prior
             expected = torch.autograd.grad(term, p, retain_graph=True)[0]
             torch.testing.assert_close(grads[key], expected)
+
+
+def test_vqvae_takes_its_codebook_from_the_first_batch():
+    model = tiny("vqvae", size=8)
+    calls = watch(model, "encode")
+    model.loss(torch.rand(64, 1, 8, 8))
+    nearest = torch.cdist(model.codebook, calls[0]["result"].flatten(0, 1)).amin(1)
+    torch.testing.assert_close(nearest, torch.zeros(8), atol=1e-3, rtol=0)
+    before = model.codebook.clone()
+    model.loss(torch.rand(64, 1, 8, 8))
+    assert torch.equal(model.codebook, before)
 
 
 def test_vqvae_collapsed_codebook_recovers_in_training():
