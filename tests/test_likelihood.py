@@ -120,7 +120,7 @@ def test_logits_from_the_cache_are_those_of_a_whole_pass(name):
         logits = model.prior(x, y)  # (3, 16, n_codes)
         cache = model.new_cache(3)
     else:
-        model = perturb(tiny(name, size=7, n_classes=10))
+        model = perturb(tiny(name, size=7, n_classes=10)).eval()
         x = binary(3, 1, 7, 7)
         logits = model(x, y).flatten(1)  # (3, 49)
         cache = model.new_cache(x)
