@@ -1,6 +1,6 @@
 """Diffusion: learn to separate images from noise, then turn pure noise into a digit, step by step.
 
-    python diffusion.py --epochs 10    # 28 minutes on two CPU cores
+    python diffusion.py --epochs 10    # 27 minutes on two CPU cores
 
 Idea
   Mix an image with random noise, more and more, until nothing of the image is left. This cannot be

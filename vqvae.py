@@ -52,17 +52,16 @@ Maths
   decoder, whose probabilities are shown as grey levels: 0.09 seconds for 100 images.
 
 What to expect (figures from commit 64766eb, to be re-measured)
-  neg_elbo 92.7 = recon 60.0 + prior 32.7 nats per image. The train loss in the log has all five
-  terms. perplexity, the exp of the entropy of the codes' shares, is the effective number of codes
-  in use: 50 of 64 here. Below 10, most of the codebook is not used.
+  neg_elbo 92.7 = recon 60.0 + prior 32.7 nats per image. The train loss has all five terms.
+  perplexity, the exp of the entropy of the codes' shares, is the effective number of codes in use:
+  50 of 64 here. Below 10, most of the codebook is not used.
 
 Differences from the paper (van den Oord et al. 2017, arXiv:1711.00937)
   - a transformer as the prior, not a PixelCNN, trained in the same run
-  - rate (the price of a code: Chou, Lookabaugh and Gray 1989)
-  - restarts of rarely used vectors (Dhariwal et al. 2020, arXiv:2005.00341)
+  - rate (Chou, Lookabaugh and Gray 1989); restarts (Dhariwal et al. 2020, arXiv:2005.00341)
   - a learned offset for each position is added to the encoder's output, and the sum is normalised
   - with --class-cond, an embedding of the label is added to the prior's tokens: p(codes | label)
-  - images binarised as in vae.py; some matrices and kernels trained with Muon (see recipe)
+  - binary pixels, as in vae.py; some matrices and kernels trained with Muon (see recipe)
 """
 
 import argparse
@@ -188,8 +187,8 @@ class VQVAE(nn.Module):
             nn.PixelShuffle(2),  # -> (B, 1, 28, 28)
         )
         # Added to the encoder's output, and much larger at first. So z_e differs from position to
-        # position, and many codes are in use from the start. As the encoder's output
-        # grows in training, the image decides more and more.
+        # position, and many codes are in use from the start. As the encoder's output grows in
+        # training, the image decides more and more.
         self.offset = nn.Parameter(10 * torch.randn(self.side**2, code_dim))
         self.codebook = nn.Parameter(torch.randn(n_codes, code_dim))
         # of each vector; 1 is the average, -1 makes the first batch replace all vectors
