@@ -6,13 +6,12 @@ Idea
   Mix an image with random noise, more and more, until nothing of the image is left. This cannot be
   undone in one step: given pure noise, the best prediction of the image, the one with the smallest
   squared error, is the average of all digits, a grey blur. But a small step towards this prediction
-  is safe: most of the noise remains, so errors can still be corrected. With a little of the blur
-  mixed in, one sample of noise looks slightly more like a 3, another slightly more like a 7. The
-  next prediction leans that way, and each step strengthens the choice, until it is a digit.
+  is safe: the result is still mostly noise, so errors can be corrected. With a little of the blur
+  mixed in, one sample looks slightly more like a 3, another, of other noise, slightly more like a
+  7. The next prediction leans that way, and each step strengthens the choice, until it is a digit.
   Training needs no steps. Mix an image with noise in a random proportion, and let a network
-  separate the two: plain regression, with no opponent as in a GAN and no second term as in a VAE.
-  The price: a sample takes 50 passes of the network, where a GAN needs one. And the loss is not a
-  likelihood, so it does not say how probable an image is.
+  separate the two: plain regression. The price is that a sample takes 50 passes of the network,
+  where a GAN needs one. And the loss does not say how probable an image is.
 
       * eps, noise (t = 1)
       | `-.                    The image x0 and the noise eps are the ends of an arc.
@@ -35,18 +34,19 @@ Maths
   eps, so predicting eps, as DDPM does, teaches nothing there. v asks for what x_t does not show: x0
   at t = 1, eps at t = 0.
   The network is a U-Net. It halves the resolution twice, as a 3 x 3 kernel sees much of a digit at
-  7 x 7. Then it doubles it twice, and adds what it had at the same resolution on the way down: the
-  details. It is given t as cosines and sines of many frequencies.
+  7 x 7. Then it doubles it twice, and adds back what it had at the same resolution on the way down:
+  the details. It is given t as cosines and sines of many frequencies.
   Sampling (`move`) starts from noise, at t = 1. A step to an earlier time, whose angle is b, splits
   x into the predicted x0 and eps, replaces part of eps by new noise (`renew`), and mixes again:
       x <- cos(b) x0 + sin(b) (keep eps + sqrt(1 - keep^2) noise),   keep = tan(b) / tan(a)
-  Why? Suppose an image gets its noise in two portions: after the first it is x_b, then x. Then eps
-  and the noise in x_b have correlation keep; so given eps, the noise in x_b is distributed like the
-  bracket. In a small step it hardly matters that x0 and eps are only means. New noise also washes
-  out the errors of earlier steps. The 50 steps are shortest near t = 1, where it is decided what is
-  drawn. 100 images take 3.8 seconds. With keep = 1 (DDIM), the steps can be undone: interpolation.
+  Why this keep? Suppose an image gets its noise in two portions: after the first it is x_b, then x.
+  Then eps and the noise in x_b have correlation keep; so given eps, the noise in x_b is distributed
+  like the bracket. In a small step it hardly matters that x0 and eps are only means. New noise also
+  washes out the errors of earlier steps. The 50 steps are shortest near t = 1, where it is decided
+  what is drawn. 100 images take 3.8 seconds. With keep = 1 (DDIM), nothing is random, and the steps
+  can nearly be undone, which is how interpolations are made.
   Guidance. With --class-cond, the network is also told the label, except for one image in ten in
-  training, so it can predict without a label, too. Sampling follows
+  training, so that it can also predict without one. Sampling follows
       v(no label) + guidance * (v(label) - v(no label)):
   0 ignores the label, 1 draws from about p(x | label), more (1.5 by default) exaggerates it.
 
@@ -176,7 +176,7 @@ class Diffusion(nn.Module):
         return a.cos() * x0 + a.sin() * eps
 
     def split(self, x_t, v, t):
-        """The x0 and eps that x_t and its velocity v are made of: mix, undone."""
+        """The x0 and eps that x_t and its velocity v are made of: the inverse of mix."""
         a = self.angle(t)
         x0 = a.cos() * x_t - a.sin() * v
         eps = a.sin() * x_t + a.cos() * v
@@ -215,7 +215,7 @@ class Diffusion(nn.Module):
         v = a.cos() * eps - a.sin() * x0
         # Self-conditioning. Sampling shows the network the x0 that it predicted one step before,
         # which it only has to refine. So here, in half the batches, it is shown what it predicts
-        # from x_last, which is x_t with the noise of one step more. (detach, not torch.no_grad,
+        # from x_last, which is x_t with one extra step of noise. (detach, not torch.no_grad,
         # after which older versions of torch with autocast would reuse copies of the weights that
         # have no gradient.)
         x0_last = None
@@ -233,7 +233,7 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def move(self, x, times, y=None, guidance=1.5, reversible=False, frames=None):
-        """Move x (B, 1, H, W) from times[0] by way of all others to times[-1] -> the last x.
+        """Move x (B, 1, H, W) from times[0] through all others to times[-1] -> the last x.
 
         times (T,) fall from noise to images, or rise from images to noise. With labels y (B,), a
         step follows v(no label) + guidance * (v(y) - v(no label)).
@@ -262,7 +262,7 @@ class Diffusion(nn.Module):
     def sample(self, n, y=None, steps=50, guidance=1.5):
         """Draw n images (n, 1, H, W) in [0, 1], in `steps` steps; y (n,) labels or None.
 
-        guidance: 0 ignores y, 1 draws from p(x | y), more exaggerates what y adds
+        guidance: 0 ignores y, 1 draws from about p(x | y), more exaggerates what y adds
         """
         self.check_labels(n, y)
         noise = torch.randn(n, 1, self.size, self.size, device=self.freqs.device)

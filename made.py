@@ -14,7 +14,7 @@ Idea
   million of them (half are masked), where pixelcnn.py has 120,000.
 
   Four pixels, three hidden units, 1 = connected. In brackets, degrees: how many leading pixels a
-  unit may depend on. A unit may see what has its own degree or a lower one:
+  unit may depend on. A unit may see units of equal or lower degree:
 
               x0  x1  x2  x3                    h1  h2  h3
               (1) (2) (3) (4)                   (1) (2) (3)
@@ -29,14 +29,15 @@ Maths
   Each factor sums to 1 over the two values of x_i, so p sums to 1 over all images. Output i is a
   logit: p(x_i = 1 | x_<i) = sigmoid(logits_i) = 1 / (1 + exp(-logits_i)). The loss
       nll = -log p(x) = -sum_i log p(x_i | x_<i)
-  is a sum of binary cross-entropies, and exact, not estimated. Its mean over the data's
+  is a sum of binary cross-entropies, and exact, not estimated. Its mean over the data
   distribution p_data is
       E[-log p(x)] = E[-log p_data(x)] + E[log(p_data(x) / p(x))] = entropy + KL(p_data || p).
-  No model changes the entropy. The KL divergence is 0 if p equals p_data, and positive otherwise.
+  The entropy does not depend on the model. KL, a divergence, is 0 if p equals p_data, and positive
+  otherwise.
   Network. Degrees never fall along a path, so output i sees nothing but x_<i, through any number of
   layers. The hidden units have the degrees 1 to 783, about two units each. After the first layer
   comes a residual block, h + f(h), where f is ReLU, masked layer, ReLU, masked layer. Unit k of
-  f(h) is added to unit k of h, so both have the same degree. Then come a ReLU and the outputs. One
+  f(h) has the degree of unit k of h, to which it is added. Then come a ReLU and the outputs. One
   more masked layer, `direct`, leads from the pixels straight to the outputs.
   Sampling. A pixel must be drawn before the next can be predicted: 784 steps. The naive loop runs
   a full pass in each, and uses one of its outputs. But once x_i is drawn, the units of degree i + 1
@@ -52,10 +53,9 @@ Maths
 What to expect
   nll is in nats (natural logarithms) per image; bpd = nll / (784 log 2), bits per pixel.
   Probability 1/2 for every pixel gives 784 log 2 = 543; predicting each pixel from how often it is
-  white in training images gives 206; this script 85.5; the best published autoregressive model of
-  one order of pixels 78.6. A figure far below 78.6 means a leak: outputs see their own pixels. Even
-  a model that knew the grey levels would have 45.5: it cannot know the coin flips that make them
-  binary.
+  white in training images gives 206; this script 85.5; the best published autoregressive model
+  with a single pixel order 78.6. A figure far below that means a leak: outputs see their own
+  pixels. Even a model that knew the grey levels would have 45.5: it cannot know the coin flips.
 
 Differences from the paper (Germain et al. 2015, arXiv:1502.03509)
   - residual blocks (Nash and Durkan 2019, arXiv:1904.05626) with dropout
@@ -86,7 +86,7 @@ class MaskedLinear(nn.Linear):
 
     def __init__(self, in_degree, out_degree):  # both in ascending order
         super().__init__(len(in_degree), len(out_degree))
-        mask = in_degree <= out_degree[:, None]  # (outputs, inputs), as the weight
+        mask = in_degree <= out_degree[:, None]  # (outputs, inputs), the shape of weight
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x):
@@ -167,7 +167,7 @@ class MADE(nn.Module):
         new = slice(self.n_units[i - 1] if i > 0 else 0, known)
         h = self.stem.part(pixels, new)  # (B, new): the new units alone
         if y is not None:
-            h = h + self.label.weight[:, new][y]
+            h = h + self.label(y)[:, new]
         # first_in, last_in (B, hidden) are views: writing to them fills the cache
         for block, (first_in, last_in) in zip(self.blocks, cache["blocks"]):
             first_in[:, new] = h.relu()

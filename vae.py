@@ -8,11 +8,11 @@ Idea
   each pixel is white. z is called latent, as it is never observed. Its fixed distribution p(z), a
   standard Gaussian, is called the prior.
   Training should make real images probable. The probability p(x) that the model assigns to an image
-  is the average of p(x | z) over z from the prior. But almost every random z draws something quite
-  different from x, so it is hopeless to estimate this average from random z. So a second network,
-  the encoder, says for each x which z are likely to have made it: a Gaussian q(z | x), with a mean
-  mu and a standard deviation sigma for each of the 32 numbers. (Gaussian, because it is easy to
-  draw from and its KL divergence, below, has a closed form.) The decoder is trained on z from q.
+  is the average of p(x | z) over z from the prior. But almost every such z decodes to something
+  quite different from x, so it is hopeless to estimate this average from a few. Therefore a second
+  network, the encoder, says for each x which z are likely to have made it: a Gaussian q(z | x),
+  with a mean mu and a standard deviation sigma for each of the 32 numbers. (Gaussian, because it is
+  easy to draw from and its KL has a closed form, see below.) The decoder is trained on z from q.
   Encode, then rebuild: that is an autoencoder. Here the code is noisy, and has a price, kl: how
   much more q(z | x) says about z than p(z) does. So the encoder says only what improves the rebuilt
   image by more than it costs, and each mu is pulled towards 0, each sigma towards 1. The average of
@@ -33,8 +33,8 @@ Maths
       log p(x) = log E_{z ~ q}[ p(x | z) p(z) / q(z | x) ]
               >= E_{z ~ q}[ log ( p(x | z) p(z) / q(z | x) ) ]
                = E_{z ~ q}[ log p(x | z) ] - KL( q(z | x) || p(z) )  =  ELBO
-  as the log of a mean is at least the mean of the logs. (Evidence lower bound.) KL(q || p) =
-  E_q[log q - log p], never negative, says how far q is from p. By Bayes' rule, p(x | z) p(z) is
+  as the log of a mean is at least the mean of the logs. (ELBO: evidence lower bound.) KL(q || p) =
+  E_q[log q - log p], never negative, measures how far q is from p. By Bayes' rule, p(x | z) p(z) is
   p(z | x) p(x), so
       ELBO = log p(x) - KL( q(z | x) || p(z | x) ):
   nothing is lost if q is the true posterior p(z | x), which these Gaussians can only approximate.
@@ -42,20 +42,20 @@ Maths
       recon = -E_q[ sum_i log p(x_i | z) ],   p(x_i = 1 | z) = sigmoid(logits_i), one draw of z
       kl    = sum over the numbers in z of (mu^2 + sigma^2 - 1 - log sigma^2) / 2
   the KL of N(mu, sigma^2) from N(0, 1), number by number: for mu = 1, sigma = 0.5 it is 0.82 nats.
-  Gradients. A random draw has no derivative with respect to mu and sigma. So draw noise that does
-  not depend on them, and compute z (the reparametrisation trick):
+  Gradients cannot pass through a random draw to mu and sigma. So draw noise that does not depend on
+  them, and compute z (the reparametrisation trick):
       z = mu + sigma eps,   eps ~ N(0, 1):   dz/dmu = 1,   dz/dsigma = eps
-  The encoder outputs logvar = log sigma^2, which may be any number.
+  The encoder outputs logvar = log sigma^2, which may be any real number.
   Sampling. z ~ N(0, 1), decoded to the probabilities of the pixels: 100 images in 0.02 seconds.
   Binarisation. loss() takes grey levels from 0 (black) to 1 (white): a pixel of 0.7 becomes 1 with
   probability 0.7, drawn anew each time.
 
 What to expect
   neg_elbo 86.5 = recon 60.0 + kl 26.5; the tighter bound from `bound` is 83.1. Both terms are
-  summed over pixels and over z, then averaged over images. Averaging them over pixels and over z is
-  a common mistake: it weights kl 784 / 32 = 24.5 times too much, so codes say next to nothing, and
-  all samples look like the average digit. Reconstructions look better than samples: the q(z | x)
-  leave gaps in the prior, and a z from a gap decodes to something between digits.
+  summed, over pixels or over z, then averaged over images. A common mistake is to average recon
+  over pixels and kl over z: this weights kl 784 / 32 = 24.5 times too much, so codes say next to
+  nothing, and all samples look like the average digit. Reconstructions look better than samples,
+  because a z from a gap between the q(z | x) decodes to something between digits.
 
 Differences from the paper (Kingma and Welling 2013, arXiv:1312.6114)
   - residual blocks of convolutions instead of one hidden layer in each network
@@ -100,7 +100,7 @@ class ConvBlock(nn.Module):
 class VAE(nn.Module):
     """Encoder q(z | x), decoder p(x | z), and the bound that trains both.
 
-    channels: at 14 x 14, twice as many at 7 x 7; hidden: units of the layer between these and z;
+    channels: at 14 x 14, twice as many at 7 x 7; hidden: units of the layer before and after z;
     z_dim: numbers in z; size: pixels per side; n_classes: number of labels, or 0
     """
 

@@ -1,23 +1,22 @@
-"""VQ-VAE: write an image as 7 x 7 symbols of an alphabet of 64, and learn which go together.
+"""VQ-VAE: write an image as 7 x 7 symbols of an alphabet of 64, and learn which ones go together.
 
     python vqvae.py    # 20 epochs, 29 minutes on two CPU cores: test neg_elbo 92.7
 
 Read vae.py first (encoder, decoder, prior, the bound), and transformer.py, for its block.
 
 Idea
-  A VAE describes an image by 32 real numbers, and fixes in advance how these are distributed: the
-  prior. Here the description is 49 symbols, and the prior is learned. Written language works like
-  this: a small alphabet, and rules for which letters follow which.
+  A VAE describes an image by 32 real numbers, whose distribution, the prior, is fixed in advance.
+  Here the description is 49 symbols, and the prior is learned. Written language works like this: a
+  small alphabet, and rules for which letters follow which.
   An encoder turns the image into a vector z_e for each of 7 x 7 positions. Each z_e is replaced by
   the nearest of 64 learned vectors, the codebook. The index of that vector is the code of the
   position; the vector is z_q. A decoder rebuilds the image from the z_q. The prior, a transformer,
   learns to predict each code from those before it. To sample, draw 49 codes from it one by one,
   then decode all of them in one pass.
-  Why symbols? A model of sequences can learn their distribution, whatever it is, where a VAE has to
-  give its numbers the distribution of noise. Samples come closer to real digits, and other models
-  can read and write the codes.
+  Why symbols? A model of sequences can learn any distribution of theirs, whereas a VAE forces its
+  numbers to look like noise. So samples come closer to real digits.
   The drawbacks: the codes that rebuild an image best are not the easiest to predict, the choice of
-  the nearest vector has no useful gradient, and vectors may fall out of use.
+  the nearest vector has no gradient, and vectors may fall out of use.
 
       x --> encoder --> z_e --> nearest --> codes --> z_q --> decoder --> logits of x
                          ^         ^          |        |                     |
@@ -32,33 +31,35 @@ Maths
   With the codes that the encoder chooses, -log p(x) is at most neg_elbo = recon + prior, where
       recon = -sum_i log p(x_i | codes),          p(x_i = 1 | codes) = sigmoid(logits_i)
       prior = -sum_i log p(codes_i | codes_<i)    for position i, by the transformer
-  The loss has three more terms (sg stops the gradient; |.|^2 sums over positions):
+  The loss has three more terms (sg stops the gradient; |.|^2 is summed over positions):
       loss = recon + prior + |sg(z_e) - z_q|^2 + beta |z_e - sg(z_q)|^2 + rate_weight * rate
       term               trains           how
       recon              decoder          to rebuild x from z_q
                          encoder          the gradient at z_q is copied to z_e (straight-through)
       prior              transformer      to predict the codes; no gradient reaches the encoder
-      |sg(z_e) - z_q|^2  codebook         `codebook_loss`: vectors move to the z_e that chose them
-      |z_e - sg(z_q)|^2  encoder          `commit`: to stay near the vectors it chooses
+      |sg(z_e) - z_q|^2  codebook         `codebook_loss`: a vector moves to the z_e that chose it
+      |z_e - sg(z_q)|^2  encoder          `commit`: z_e stays near the vector it chose
       rate               encoder          to prefer codes that the prior expects
   Why rate? Without it, the encoder would use whatever codes rebuild the image best, however hard
-  they are to predict: up to 49 log 64 = 204 nats. Code k at position i costs -log p(k | codes_<i).
-  A choice has no gradient. So imagine, in this term alone, that the code is drawn at random, the
-  nearer ones more often, and take the expected cost:
+  they are to predict: random ones cost 49 log 64 = 204 nats. Code k at position i costs
+  -log p(k | codes_<i). A choice has no gradient. So imagine, in this term alone, that the code is
+  drawn at random, the nearer ones more often, and take the expected cost:
       rate = -sum_i sum_k softmax_k(-|z_e_i - sg(e_k)|^2) sg(log p(k | codes_<i))
   Say two vectors have squared distances 1.0 and 1.2, and cost 0.5 and 4 nats. They are chosen with
-  probability 0.55 and 0.45: an expected 2.1 nats. The gradient pulls z_e towards the cheap one.
+  probability 0.55 and 0.45: an expected 2.1 nats. The gradient pulls z_e towards the cheap one and
+  away from the other.
   Sampling. 49 steps of the transformer, with a cache of keys and values, then one pass of the
   decoder, whose probabilities are shown as grey levels: 0.09 seconds for 100 images.
 
 What to expect (figures from commit 64766eb, to be re-measured)
-  neg_elbo 92.7 = recon 60.0 + prior 32.7 nats per image. The train loss has all five terms.
-  perplexity, the exp of the entropy of the codes' shares, is the effective number of codes in use:
-  50 of 64 here. Below 10, most of the codebook is not used.
+  neg_elbo 92.7 = recon 60.0 + prior 32.7 nats per image. perplexity, the exp of the entropy of the
+  codes' shares, is the effective number of codes in use: 50 of 64 here. Below 10, most of the
+  codebook is hardly used.
 
 Differences from the paper (van den Oord et al. 2017, arXiv:1711.00937)
   - a transformer as the prior, not a PixelCNN, trained in the same run
-  - rate (Chou, Lookabaugh and Gray 1989); restarts (Dhariwal et al. 2020, arXiv:2005.00341)
+  - rate (Chou, Lookabaugh and Gray 1989)
+  - restarts of vectors that are hardly used (Dhariwal et al. 2020, arXiv:2005.00341)
   - a learned offset for each position is added to the encoder's output, and the sum is normalised
   - with --class-cond, an embedding of the label is added to the prior's tokens: p(codes | label)
   - binary pixels, as in vae.py; some matrices and kernels trained with Muon (see recipe)
@@ -191,7 +192,7 @@ class VQVAE(nn.Module):
         # training, the image decides more and more.
         self.offset = nn.Parameter(10 * torch.randn(self.side**2, code_dim))
         self.codebook = nn.Parameter(torch.randn(n_codes, code_dim))
-        # of each vector; 1 is the average, -1 makes the first batch replace all vectors
+        # how often each vector is used; 1 is the average; at -1, the first batch replaces it
         self.register_buffer("usage", -torch.ones(n_codes))
         self.token = nn.Embedding(n_codes + 1, n_embd)  # the last entry is "no code yet"
         self.pos_emb = nn.Parameter(0.02 * torch.randn(self.side**2, n_embd))
@@ -294,7 +295,7 @@ class VQVAE(nn.Module):
         commit = (z_e - z_q.detach()).square().sum() / len(x)
         # prior = -sum_i log p(codes_i | codes_<i)
         prior = F.cross_entropy(code_logits.transpose(1, 2), codes, reduction="sum") / len(x)
-        # what codes whose vectors are near z_e cost under the prior, for the encoder to learn:
+        # the expected cost of a code near z_e under the prior, which trains the encoder:
         # rate = -sum_i sum_k softmax_k(-|z_e_i - sg(e_k)|^2) sg(log p(k | codes_<i))
         choice = (-self.distance(z_e)).softmax(2)
         rate = -(choice * code_logits.detach().log_softmax(2)).sum() / len(x)
