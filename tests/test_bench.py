@@ -358,9 +358,16 @@ def test_each_script_is_trained_with_its_defaults(commands):
     assert commands == [["made.py"], ["vae.py"]]
 
 
-def test_runs_with_labels_get_folders_of_their_own(commands):
+def test_runs_with_labels_are_short_and_get_folders_of_their_own(commands):
     train_all.main(["--scripts", "vae", "--labels"])
-    assert commands == [["vae.py", "--class-cond", "--out-dir", "out/vae-labels"]]
+    flags = ["--class-cond", "--epochs", "3", "--out-dir", "out/vae-labels"]
+    assert commands == [["vae.py", *flags]]
+
+
+def test_a_finished_run_with_labels_is_not_trained_again(commands):
+    save_run("vae-labels", "vae", n_epochs=3)
+    train_all.main(["--scripts", "vae", "--labels"])
+    assert commands == []
 
 
 def test_training_stops_when_a_script_fails(commands):
