@@ -365,7 +365,7 @@ def test_runs_with_labels_are_short_and_get_folders_of_their_own(commands):
 
 
 def test_a_finished_run_with_labels_is_not_trained_again(commands):
-    save_run("vae-labels", "vae", n_epochs=3)
+    save_run("vae", "vae-labels", n_epochs=3)
     train_all.main(["--scripts", "vae", "--labels"])
     assert commands == []
 
