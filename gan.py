@@ -24,37 +24,37 @@ Maths
   D(x) is a logit: D's probability that x is real is sigmoid(D(x)). E is the mean over x, or over z.
       d_loss = E[ -log sigmoid(D(x)) ] + E[ -log(1 - sigmoid(D(G(z)))) ] + (gamma / 2) r1
       g_loss = E[ -log sigmoid(D(G(z))) ]
-  The best D. The first two terms of d_loss are the cross-entropy of a classifier. At an image x,
-  with s = sigmoid(D(x)), they contribute -p_data(x) log s - p_fake(x) log(1 - s), which is smallest
-  at
+  The best D, without r1. The first two terms of d_loss are the cross-entropy of a classifier. At an
+  image x, with s = sigmoid(D(x)), they contribute -p_data(x) log s - p_fake(x) log(1 - s), which is
+  smallest at
       s = p_data(x) / (p_data(x) + p_fake(x)),   that is, D(x) = log( p_data(x) / p_fake(x) ).
   It is 0 everywhere if and only if the two distributions are equal. Where digits are three times as
   common as fakes, s = 0.75. G follows D uphill, to where digits are more common relative to fakes.
-  Why this g_loss? G could also minimise the negative of the second term of d_loss, the exact
-  opposite of what D minimises: E[ log(1 - sigmoid(D(G(z)))) ]. But that saturates: its slope
-  vanishes where G needs it most, on a fake that D recognises.
+  Why this g_loss? G could also minimise the negative of the second term of d_loss,
+  E[ log(1 - sigmoid(D(G(z)))) ]. But that saturates: its slope vanishes where G needs it most, on a
+  fake that D recognises.
       slope with respect to D at D =         -5         0         5
       of log(1 - sigmoid(D))             -0.007      -0.5    -0.993
       of g_loss, -log sigmoid(D)         -0.993      -0.5    -0.007
-  r1 = E |dD(x)/dx|^2 over real x penalises steep slopes at real images, so fakes that get there
-  stay there. Without it, D's slope carries them past the data; then D learns the opposite slope,
-  which carries them back, and so on.
+  r1 = E |dD(x)/dx|^2, for real x in [-1, 1], penalises steep slopes at real images, so fakes that
+  get there stay there. Without it, D's slope carries them past the data; then D learns the opposite
+  slope, which carries them back, and so on.
   Sampling. Draw z, then x = G(z): 100 images in 0.02 seconds.
   Labels. With --class-cond, G adds an embedding of the label to z, and D has one logit per label. D
   then compares p_data and p_fake among images with this label: a fake 3 labelled 7 is recognised,
   so G has to obey the label.
 
 What to expect
-  Neither loss keeps falling, as the opponent improves, too: judge by the samples. If D can only
+  Neither loss keeps falling, as the opponent improves too: judge by the samples. If D can only
   toss a coin, d_loss is 2 log 2 = 1.386, g_loss is log 2 = 0.693, and d_real and d_fake, the means
-  of sigmoid(D) over digits and fakes, are 0.5. Here they end at 1.37, 0.72, 0.51 and 0.49. They are
-  near that after the first epoch already, though D got ahead once (d_loss 0.63 after the second),
-  while samples go on improving. If d_loss stays near 0, D has won; if fakes look alike, G has
-  collapsed. The train loss in the log is d_loss + g_loss, which nothing minimises.
+  of sigmoid(D) over digits and fakes, are 0.5. Here they end at 1.37, 0.72, 0.51 and 0.49. After
+  the first epoch they are near that already, after the second D is ahead (d_loss 0.63), then it is
+  even again, while samples go on improving. If d_loss stays near 0, D has won; if fakes look alike,
+  G has collapsed. The train loss in the log is d_loss + g_loss, which nothing minimises.
 
 Differences from the papers (Goodfellow et al. 2014, arXiv:1406.2661; with convolutions: DCGAN,
 Radford et al. 2015, arXiv:1511.06434)
-  - layer norm in G and none in D, where DCGAN has batch norm
+  - layer norm in G, no normalisation in D; DCGAN has batch norm in both
   - the penalty r1 (Mescheder et al. 2018, arXiv:1801.04406)
   - one more convolution at 7 x 7 in each network, and one at 28 x 28 in G; AdamW without momentum
   - tested with an exponential moving average of the weights (EMA) of both players
@@ -164,15 +164,15 @@ class GAN(nn.Module):
         with torch.no_grad():  # it is not the generator's turn
             x_fake = self(len(x), y)
         fake = self.discriminator(x_fake, y)
-        with torch.enable_grad():  # r1 needs a gradient in tests, too
+        with torch.enable_grad():  # r1 needs a gradient in evaluation, too
             x = (2 * x - 1).requires_grad_()
             real = self.discriminator(x, y)
             # r1 = E |dD(x)/dx|^2. D(x_b) depends on x_b alone, so row b of the gradient of
-            # sum_b D(x_b) is that of D(x_b). create_graph, as r1 itself is differentiated later.
+            # sum_b D(x_b) is dD(x_b)/dx_b. create_graph, as r1 itself is differentiated later.
             slope = torch.autograd.grad(real.sum(), x, create_graph=True)[0]
             r1 = slope.square().sum() / len(x)
         # -log sigmoid(a) = softplus(-a) and -log(1 - sigmoid(a)) = softplus(a), where
-        # softplus(a) = log(1 + exp(a)): never infinite, though sigmoid(a) may be rounded to 0 or 1
+        # softplus(a) = log(1 + exp(a)), computed without overflow
         loss = F.softplus(-real).mean() + F.softplus(fake).mean() + self.gamma / 2 * r1
         metrics = {"d_loss": loss, "d_real": real.sigmoid().mean(), "d_fake": fake.sigmoid().mean()}
         return loss, {name: value.detach() for name, value in metrics.items()}
@@ -233,8 +233,8 @@ LR = 3e-3
 
 
 def make_optimizers(model, lr):
-    """An optimizer for each player, without momentum (the first of the betas is 0): it would go on
-    in directions that were right against the opponent as it was some steps ago."""
+    """An optimizer for each player, without momentum (the first of the betas is 0), which would go
+    on in directions that were right against the opponent as it was some steps ago."""
     optimizers = []
     for player in model.discriminator, model.generator:
         trained = [weight for weight in player.parameters() if weight.requires_grad]

@@ -18,17 +18,17 @@ Idea
   The pixel above is as informative as the left neighbour, but lies 28 steps back. So a step reads
   not one pixel but the last 87, three rows and three pixels, and the memory only has to hold what
   lies further back.
-  The price: a step needs the memory of the step before, so even training goes pixel by pixel
-  (inside nn.LSTM), forwards and then backwards through all 784 steps (backpropagation through
+  The price: a step needs the memory of the step before, so even in training the LSTMs go pixel by
+  pixel (inside nn.LSTM), forwards and then backwards through all 784 steps (backpropagation through
   time). The other five autoregressive models train on all pixels in parallel.
 
       logits       l0       l1       l2
                    |        |        |           Each column is one step. Token i comes from the
       LSTM 2     [   ] -> [   ] -> [   ] ->      87 pixels before pixel i. To the right, an LSTM
-                   |        |        |           passes h and c, its memory, to the next step. Up
-      LSTM 1     [   ] -> [   ] -> [   ] ->      goes the token plus the h of each LSTM so far;
-                   |        |        |           what enters an LSTM is normalised first.
-      tokens       t0       t1       t2
+                   |        |        |           passes its output h and its memory c to the next
+      LSTM 1     [   ] -> [   ] -> [   ] ->      step. What goes up is the token plus the h of
+                   |        |        |           each LSTM so far, normalised before each LSTM and
+      tokens       t0       t1       t2          before the logit.
 
 Maths
       nll = -sum_i log p(x_i | x_<i),   p(x_i = 1 | x_<i) = sigmoid(logits_i)
@@ -44,11 +44,12 @@ Maths
       c_i = f * c_{i-1} + u * g
       h_i = o * tanh(c_i)
   Apart from the path through h, the derivative of c_i with respect to c_{i-1} is f. Training starts
-  with f near 0.5, and 0.5^87 = 6e-27: nothing outlives the window. The network learns where to
-  raise f: 0.99^87 = 0.42. (nn.LSTM adds two bias vectors b, and calls the input gate i.)
+  with f near 0.5, so one row after a pixel has left the window, the memory holds 0.5^28 = 4e-9 of
+  it. The network learns where to raise f: 0.99^28 = 0.75. (nn.LSTM adds two bias vectors b, and
+  calls the input gate i.)
   Sampling. The naive loop would reread the image from its start for every pixel. But all that an
-  LSTM keeps of the past is (h, c), so `cache` holds just that, and a step costs one token: 1.3
-  seconds for 100 images.
+  LSTM keeps of the past is (h, c), so `cache` holds just that, and a step computes one token:
+  1.3 seconds for 100 images.
 
 What to expect (figures from commit 64766eb, to be re-measured)
   81.6 nats per image. A test nll far below 78 means a leak: check the padding in `tokens`.
@@ -120,9 +121,9 @@ class PixelRNN(nn.Module):
 
     def logits(self, tokens, cache):
         """Tokens (B, T, n_embd) -> logits (B, T). Updates cache, the (h, c) of each LSTM."""
-        total = tokens  # plus the h of each LSTM so far
-        # On CUDA, autocast runs an LSTM in float16 even if bfloat16 is asked for. The range of
-        # float16 is too small, so the LSTMs stay in float32.
+        total = tokens  # to which the h of each LSTM is added
+        # On CUDA, autocast runs an LSTM in float16 even if bfloat16 is asked for. Gradients can
+        # leave the range of float16, so the LSTMs stay in float32.
         with torch.autocast("cuda", enabled=False):
             for k, lstm in enumerate(self.blocks):
                 h, cache[k] = lstm(F.layer_norm(total, total.shape[-1:]), cache[k])

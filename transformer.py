@@ -11,8 +11,8 @@ Idea
   look, depending on the image so far: attention.
   Each place in the sequence has a token, a vector. Three linear maps give its query (what the token
   looks for), its key (how other tokens find it) and its value (what it hands over when found). A
-  token compares its query with the keys of all tokens before it, and with its own. Then it averages
-  their values, weighted by how well query and key match.
+  token compares its query with its own key and those of all earlier tokens. Then it averages their
+  values, weighted by how well query and key match.
   Attention treats the past as a set: it has no notion of near and far. So learned vectors for the
   row and the column of pixel i are added to token i. And token i starts from a convolution of the
   87 pixels before pixel i (`stem`): three rows and three pixels, so the neighbours above and to the
@@ -28,10 +28,10 @@ Idea
 
 Maths
       nll = -sum_i log p(x_i | x_<i),   p(x_i = 1 | x_<i) = sigmoid(logits_i)
-  Attention, for queries q, keys k and values v of d numbers each:
+  Attention, for queries q, keys k and values v of d numbers each (here 64):
       attention_i = sum_{j <= i} w_ij v_j,   s_ij = q_i k_j / sqrt(d)
       w_ij = softmax_j(s_ij) = exp(s_ij) / sum_{l <= i} exp(s_il)
-  q_i k_j is a dot product. The weights w_ij are positive and sum to 1 for each i. Why sqrt(d)? A
+  q_i k_j is a dot product. For each i, the weights w_ij are positive and sum to 1. Why sqrt(d)? A
   layer norm gives q and k mean 0 and mean square 1, so their length is sqrt(d). For random
   directions, q_i k_j is of order sqrt(d), and s_ij of order 1. Without the division, most of the
   weight would lie on one j from the start, and the others would hardly get a gradient: for d = 64
@@ -42,7 +42,7 @@ Maths
   of a small network (MLP), which sees this token alone. Both read tokens through a layer norm.
   After the blocks, a layer norm and a linear map give logits_i.
   Causality. Token i starts without any pixel from i on, and attends only to tokens up to i, which
-  have not seen them either. So attending to itself does not reveal the answer.
+  have not seen them either. So a token may attend to itself without seeing the answer.
   Sampling. The naive loop runs a full pass for each of 784 pixels, and uses one logit of it. But
   a token does not depend on later pixels, so its key and value are computed once, and kept in
   `cache`. Step i computes token i alone, and compares its query with all keys so far: 4 seconds for
@@ -88,7 +88,8 @@ class Block(nn.Module):
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
         self.expand = nn.Linear(n_embd, 4 * n_embd, bias=False)
         self.shrink = nn.Linear(4 * n_embd, n_embd, bias=False)
-        nn.init.zeros_(self.proj.weight)  # at first the block is the identity
+        # at first the block is the identity
+        nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.shrink.weight)
 
     def forward(self, x, cache=None, i=0):

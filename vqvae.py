@@ -92,7 +92,8 @@ class Block(nn.Module):
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
         self.expand = nn.Linear(n_embd, 4 * n_embd, bias=False)
         self.shrink = nn.Linear(4 * n_embd, n_embd, bias=False)
-        nn.init.zeros_(self.proj.weight)  # at first the block is the identity
+        # at first the block is the identity
+        nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.shrink.weight)
 
     def forward(self, x, cache=None, i=0):
