@@ -188,7 +188,6 @@ def copy_pictures(assets):
         "sampling.gif": "out/transformer/sampling.gif",
         "reconstruction.png": "out/vae/reconstruction.png",
         "vqvae_reconstruction.png": "out/vqvae/reconstruction.png",
-        "vqvae_completion.png": "out/vqvae/completion.png",
         "process.gif": "out/diffusion/process.gif",
     }
     for script in SCRIPTS:

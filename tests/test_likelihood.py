@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import AUTOREGRESSIVE, binary, perturb, tiny, trained
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
@@ -259,16 +258,15 @@ def test_vqvae_prior_is_causal():
         assert changed.tolist() == [i > j for i in range(16)]
 
 
-@pytest.mark.parametrize("n_classes, n_given", [(0, 0), (0, 6), (10, 6)])
+@pytest.mark.parametrize("n_classes", [0, 10])
 @torch.no_grad()
-def test_vqvae_fast_sampling_is_slow_sampling(n_classes, n_given):
+def test_vqvae_fast_sampling_is_slow_sampling(n_classes):
     model = random_vqvae(size=16, n_classes=n_classes)
     y = torch.tensor([3, 1, 4]) if n_classes > 0 else None
-    top = torch.randint(8, (3, n_given))
     torch.manual_seed(1)
-    codes = F.pad(top, (0, 16 - n_given))
-    for i in range(n_given, 16):
+    codes = torch.zeros(3, 16, dtype=torch.int64)
+    for i in range(16):
         codes[:, i] = model.prior(codes, y)[:, i].softmax(1).multinomial(1)[:, 0]
     slow = model.decode(model.codebook[codes]).sigmoid()
     torch.manual_seed(1)
-    torch.testing.assert_close(model.sample(3, y, top), slow)
+    torch.testing.assert_close(model.sample(3, y), slow)
