@@ -48,7 +48,7 @@ Maths
   Guidance. With --class-cond, the network is also told the label, except for one image in ten in
   training, so that it can also predict without one. Sampling follows
       v(no label) + guidance * (v(label) - v(no label)):
-  0 ignores the label, 1 draws from about p(x | label), more (1.5 by default) exaggerates it.
+  0 ignores the label, 1 draws from about p(x | label), more (1.25 by default) exaggerates it.
 
 What to expect
   loss is the mean squared error of v per pixel: 0.95 for a network that predicts 0, 0.143 after one
@@ -232,7 +232,7 @@ class Diffusion(nn.Module):
         return (s * math.pi / 2).sin()
 
     @torch.no_grad()
-    def move(self, x, times, y=None, guidance=1.5, reversible=False, frames=None):
+    def move(self, x, times, y=None, guidance=1.25, reversible=False, frames=None):
         """Move x (B, 1, H, W) from times[0] through all others to times[-1] -> the last x.
 
         times (T,) fall from noise to images, or rise from images to noise. With labels y (B,), a
@@ -259,7 +259,7 @@ class Diffusion(nn.Module):
         return x
 
     @torch.no_grad()
-    def sample(self, n, y=None, steps=50, guidance=1.5):
+    def sample(self, n, y=None, steps=50, guidance=1.25):
         """Draw n images (n, 1, H, W) in [0, 1], in `steps` steps; y (n,) labels or None.
 
         guidance: 0 ignores y, 1 draws from about p(x | y), more exaggerates what y adds
