@@ -91,7 +91,7 @@ class GatedBlock(nn.Module):
 
     The places that a kernel reads are dilation pixels apart. With pad = k // 2 * dilation, v looks
     at its own row and up to pad rows above, up to pad pixels to both sides; h looks at its own
-    pixel and up to pad pixels to its left. The image was moved down for v, and right for h.
+    pixel and up to pad pixels to its left. Nothing leaks: the image moved down for v, right for h.
     """
 
     def __init__(self, channels, k, dilation):

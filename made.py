@@ -32,8 +32,7 @@ Maths
   is a sum of binary cross-entropies, and exact, not estimated. Its mean over the data
   distribution p_data is
       E[-log p(x)] = E[-log p_data(x)] + E[log(p_data(x) / p(x))] = entropy + KL(p_data || p).
-  The entropy does not depend on the model. KL, a divergence, is 0 if p equals p_data, and positive
-  otherwise.
+  The entropy does not depend on the model. The KL divergence is 0 if p equals p_data, or positive.
   Network. Degrees never fall along a path, so output i sees nothing but x_<i, through any number of
   layers. The hidden units have the degrees 1 to 783, about two units each. After the first layer
   comes a residual block, h + f(h), where f is ReLU, masked layer, ReLU, masked layer. Unit k of

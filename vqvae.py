@@ -308,10 +308,7 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n, y=None):
-        """Draw n grids of codes from the prior and decode them; y (n,) labels, or None.
-
-        -> (n, 1, H, W), the probabilities of the pixels
-        """
+        """Draw n grids of codes -> images (n, 1, H, W), means of p(x | codes); y (n,) or None."""
         self.check_labels(n, y)
         codes = torch.zeros(n, self.side**2, dtype=torch.int64, device=self.head.weight.device)
         cache = self.new_cache(n)
