@@ -185,7 +185,7 @@ class Diffusion(nn.Module):
     def renew(self, eps, t, t_next):
         """Replace part of eps (B, 1, H, W), the noise at t, by new noise -> the noise at t_next.
 
-        t, t_next (B,). Whichever is later has all the noise of the other, and some more (DDPM).
+        t, t_next (B,). At the larger of the two, x has all the noise of the other, and more (DDPM).
         """
         less = self.angle(torch.minimum(t, t_next)).tan()
         more = self.angle(torch.maximum(t, t_next)).tan()
@@ -220,7 +220,8 @@ class Diffusion(nn.Module):
         # have no gradient.)
         x0_last = None
         if torch.rand(1, device="cpu") < 0.5:  # a coin on the CPU: no wait for the GPU
-            t_last = (t.asin() + math.pi / 100).clamp(max=math.pi / 2).sin()  # see times(50)
+            # times(50) are the sines of angles that lie pi / 100 apart
+            t_last = (t.asin() + math.pi / 100).clamp(max=math.pi / 2).sin()
             x_last = self.mix(x0, self.renew(eps, t, t_last), t_last)
             x0_last, _ = self.split(x_last, self(x_last, t_last, y).detach(), t_last)
         loss = F.mse_loss(self(x_t, t, y, x0_last), v)
